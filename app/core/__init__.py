@@ -1,0 +1,1 @@
+"""Settings and the topology sheet; knows nothing of the other packages."""

@@ -1,0 +1,232 @@
+"""The topology sheet (`app/topology.yml`), typed and checked: nothing else knows queues, tasks and ports."""
+
+import re
+from collections.abc import Hashable, Iterator, Mapping
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+DEFAULT_METRICS_PORT = 9540
+"""Port of a worker that was started by hand; no queue of the sheet may take it."""
+
+# systemd.unit(5): an instance name must survive unescaped in a file name, a label and a Postgres identifier.
+_QUEUE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
+_TASK_NAME = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)+")
+
+_Seconds = Annotated[int, Field(gt=0, strict=True)]
+_Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+class TopologyError(ValueError):
+    """The sheet, or an override of it, can't be used; `problems` holds one sentence each."""
+
+    def __init__(self, source: str, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RetryPolicy(_Entry):
+    """How a task that asks for a retry is tried again; the wait in seconds doubles up to `backoff_max`."""
+
+    max_retries: Annotated[int, Field(ge=0, strict=True)]
+    backoff: _Seconds
+    backoff_max: _Seconds
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.backoff_max < self.backoff:
+            raise ValueError(f"backoff_max ({self.backoff_max}) must not be below backoff ({self.backoff})")
+        return self
+
+
+class Queue(_Entry):
+    """One queue of the sheet; times in seconds, `prefetch` in messages a child process."""
+
+    name: str
+    exchange: str = Field(min_length=1)
+    routing_key: str = Field(min_length=1)
+    tasks: tuple[str, ...] = Field(min_length=1)
+    metrics_port: Annotated[int, Field(ge=1024, le=65535, strict=True)]
+    concurrency: _Count
+    prefetch: _Count
+    soft_time_limit: _Seconds
+    time_limit: _Seconds
+    delivery_limit: _Count
+    retry: RetryPolicy
+
+    @field_validator("name")
+    @classmethod
+    def _legal_name(cls, name: str) -> str:
+        if not _QUEUE_NAME.fullmatch(name):
+            raise ValueError(
+                "is not legal as the instance name of a systemd unit: "
+                "use at most 40 lower-case letters, digits, '-' and '_', a letter first"
+            )
+        return name
+
+    @field_validator("tasks")
+    @classmethod
+    def _legal_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        for task in tasks:
+            if not _TASK_NAME.fullmatch(task):
+                raise ValueError(f"{task!r} is not a full task name such as app.tasks.housekeeping.ping")
+            if tasks.count(task) > 1:
+                raise ValueError(f"{task} is listed twice; remove one of the lines")
+        return tasks
+
+    @field_validator("metrics_port")
+    @classmethod
+    def _free_port(cls, port: int) -> int:
+        if port == DEFAULT_METRICS_PORT:
+            raise ValueError(f"{port} is kept for workers started by hand; choose another port")
+        return port
+
+    @model_validator(mode="after")
+    def _limits_agree(self) -> Self:
+        if self.soft_time_limit >= self.time_limit:
+            raise ValueError(
+                f"soft_time_limit ({self.soft_time_limit}) must be below time_limit ({self.time_limit}), "
+                "or no task could tidy up before it is killed"
+            )
+        return self
+
+
+class _QueueOverride(_Entry):
+    """What an inventory may change of a queue: numbers, never a name or a port."""
+
+    concurrency: _Count | None = None
+    prefetch: _Count | None = None
+    soft_time_limit: _Seconds | None = None
+    time_limit: _Seconds | None = None
+    delivery_limit: _Count | None = None
+
+
+class Topology(_Entry):
+    """All queues of the sheet, by name, in the sheet's order."""
+
+    queues: dict[str, Queue] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_queues(cls, sheet: Any) -> Any:
+        if not isinstance(sheet, dict) or not isinstance(sheet.get("queues"), dict):
+            return sheet
+        queues = {
+            name: entry | {"name": name} if isinstance(entry, dict) and "name" not in entry else entry
+            for name, entry in sheet["queues"].items()
+        }
+        return sheet | {"queues": queues}
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Self:
+        owners: dict[tuple[str, Hashable], str] = {}
+        for queue in self.queues.values():
+            claims: list[tuple[str, Hashable]] = [("metrics_port", queue.metrics_port)]
+            claims += [("task", task) for task in queue.tasks]
+            claims += [("exchange and routing_key", (queue.exchange, queue.routing_key))]
+            for kind, value in claims:
+                owner = owners.setdefault((kind, value), queue.name)
+                if owner != queue.name:
+                    shown = " / ".join(value) if isinstance(value, tuple) else value
+                    raise ValueError(
+                        f"{kind} {shown} is claimed by the queues {owner} and {queue.name}; change one"
+                    )
+        return self
+
+    @cached_property
+    def queue_by_task(self) -> dict[str, Queue]:
+        """The queue that carries a task, by the task's full name."""
+        return {task: queue for queue in self.queues.values() for task in queue.tasks}
+
+
+class _SheetLoader(yaml.SafeLoader):
+    """YAML's safe loader, which otherwise lets the last of two equal keys win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice; rename or remove one", node.start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_topology(
+    path: Path | None = None, overrides: Mapping[str, Mapping[str, Any]] | None = None
+) -> Topology:
+    """Read the sheet, apply an environment's overrides and check everything.
+
+    Args:
+        path: the sheet; without it the one that belongs to this release of the package.
+        overrides: numbers by queue name, such as `{"llm": {"concurrency": 4}}`.
+
+    Raises:
+        TopologyError: with a sentence for each thing that must be changed.
+    """
+    source = str(path) if path else "app/topology.yml"
+    try:
+        text = path.read_text() if path else files("app").joinpath("topology.yml").read_text()
+        sheet = yaml.load(text, Loader=_SheetLoader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise TopologyError(source, [f"can't be read: {error.strerror}"]) from error
+    except yaml.YAMLError as error:
+        raise TopologyError(source, [f"is not valid YAML: {_yaml_problem(error)}"]) from error
+    topology = _validated(source, sheet)
+    return _overridden(topology, overrides) if overrides else topology
+
+
+def _validated(source: str, sheet: Any) -> Topology:
+    try:
+        return Topology.model_validate(sheet)
+    except ValidationError as error:
+        raise TopologyError(source, list(_sentences(error))) from error
+
+
+def _overridden(topology: Topology, overrides: Mapping[str, Mapping[str, Any]]) -> Topology:
+    source = "skeldir_queue_overrides"
+    unknown = [name for name in overrides if name not in topology.queues]
+    if unknown:
+        known = ", ".join(topology.queues)
+        raise TopologyError(
+            source,
+            [f"{name}: there is no such queue in app/topology.yml, which has {known}" for name in unknown],
+        )
+    sheet = topology.model_dump(mode="json")
+    for name, numbers in overrides.items():
+        try:
+            checked = _QueueOverride.model_validate(numbers)
+        except ValidationError as error:
+            raise TopologyError(source, [f"{name}.{sentence}" for sentence in _sentences(error)]) from error
+        sheet["queues"][name] |= checked.model_dump(exclude_none=True)
+    return _validated(source, sheet)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return str(error)
+
+
+def _sentences(error: ValidationError) -> Iterator[str]:
+    """One sentence a problem: the entry, what is wrong with it and what was found there."""
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        match problem["type"]:
+            case "extra_forbidden":
+                yield f"{where}: is not a known key; correct its spelling or remove it"
+            case "missing":
+                yield f"{where}: is missing; add it"
+            case "value_error":
+                message = str(problem["ctx"]["error"])
+                yield f"{where}: {message}" if where else message
+            case _:
+                yield f"{where or 'the sheet'}: {problem['msg']} (found {problem['input']!r})"

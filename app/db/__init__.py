@@ -1,0 +1,1 @@
+"""Engine, tenant-bound sessions and table models."""

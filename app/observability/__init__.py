@@ -1,0 +1,1 @@
+"""Correlation ids, JSON logs, metrics, health and the worker's HTTP server."""
