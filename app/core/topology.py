@@ -77,7 +77,7 @@ class Queue(_Entry):
     def _legal_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
         for task in tasks:
             if not _TASK_NAME.fullmatch(task):
-                raise ValueError(f"{task!r} is not a full task name such as app.tasks.housekeeping.ping")
+                raise ValueError(f"{task!r} is not a full task name such as app.tasks.reports.weekly")
             if tasks.count(task) > 1:
                 raise ValueError(f"{task} is listed twice; remove one of the lines")
         return tasks

@@ -1,0 +1,91 @@
+"""The project's own promises: one fact in one place, every role described, locks that any mirror serves."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from app.core.topology import Queue, load_topology
+
+ROOT = Path(__file__).parents[2]
+ROLES = sorted(path.parent for path in ROOT.glob("roles/*/tasks"))
+SHEET = load_topology()
+
+# Where a person reads about the shipped sheet, or a test needs the names that users know. Nothing of it makes
+# the plane run.
+SPEAKS_OF_THE_SHEET = re.compile(r"^(tests|molecule|requirements)/|\.md$|^app/topology\.yml$|^app/tasks/")
+
+
+def project_files() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def options_of(role: Path) -> dict[str, Any]:
+    specs = yaml.safe_load((role / "meta/argument_specs.yml").read_text())
+    options: dict[str, Any] = specs["argument_specs"]["main"].get("options") or {}
+    return options
+
+
+@pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
+class TestRole:
+    def test_is_described_on_one_screen(self, role: Path) -> None:
+        lines = (role / "README.md").read_text().splitlines()
+        assert 5 <= len(lines) <= 60
+
+    def test_spec_types_and_describes_every_option_under_the_roles_prefix(self, role: Path) -> None:
+        for name, option in options_of(role).items():
+            assert "type" in option, name
+            assert "description" in option, name
+            assert name.startswith(f"{role.name}_"), name
+
+    def test_spec_and_defaults_agree(self, role: Path) -> None:
+        options = options_of(role)
+        file = role / "defaults/main.yml"
+        defaults = yaml.safe_load(file.read_text()) if file.exists() else {}
+        optional = {name for name, option in options.items() if not option.get("required")}
+        assert optional <= set(defaults) <= set(options)
+        for name, option in options.items():
+            if "default" in option:
+                assert option["default"] == defaults[name], name
+
+
+def test_every_play_stops_at_its_first_failure() -> None:
+    assert re.search(r"^any_errors_fatal *= *true$", (ROOT / "ansible.cfg").read_text(), re.MULTILINE)
+
+
+def test_no_lock_file_names_an_index() -> None:
+    for lock in (ROOT / "requirements").glob("*.txt"):
+        text = lock.read_text()
+        assert "--hash=sha256:" in text
+        assert not re.search(r"https?://|--(extra-)?index-url|--find-links", text), lock.name
+
+
+@pytest.mark.parametrize("queue", SHEET.queues.values(), ids=lambda queue: queue.name)
+def test_only_the_sheet_knows_a_queues_port_and_tasks(queue: Queue) -> None:
+    facts = re.compile(
+        "|".join([rf"\b{queue.metrics_port}\b", *(rf"\b{re.escape(task)}\b" for task in queue.tasks)])
+    )
+    for path in project_files():
+        name = path.relative_to(ROOT).as_posix()
+        if not SPEAKS_OF_THE_SHEET.search(name):
+            found = facts.search(path.read_text(errors="ignore"))
+            assert not found, f"{name} repeats {found.group() if found else ''} of app/topology.yml"
+
+
+def test_the_readme_shows_the_sheet() -> None:
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    for queue in SHEET.queues.values():
+        (row,) = (row for row in rows if row.startswith(f"| `{queue.name}` |"))
+        assert row.endswith(f"| {queue.metrics_port} |")
+        for task in queue.tasks:
+            assert f"`{task}`" in row or f"`.{task.rpartition('.')[2]}`" in row
