@@ -1,0 +1,209 @@
+"""The Celery application: where settings, broker, results, logs and tasks are put together."""
+
+import os
+import sys
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
+from typing import Any
+
+from celery import Celery, signals
+from celery.app.amqp import AMQP
+from celery.local import Proxy
+from kombu.connection import Connection
+from kombu.entity import Exchange, Queue
+
+from app import tasks
+from app.core.config import EX_CONFIG, ConfigurationError, get_settings
+from app.core.topology import Topology, TopologyError
+from app.db import engine  # noqa: F401 - `postgresql://` means psycopg2 from here on
+from app.observability.context import CORRELATION_HEADER, Context, current_context, set_context
+from app.observability.logging import configure_logging
+from app.tasks.base import PolicyTask
+
+
+class NoRoute(Exception):  # noqa: N818 - it is the name of what is wrong
+    """A task was published that no queue of the sheet carries."""
+
+
+class _Connection(Connection):
+    """Tries again every second or two; kombu's own waits grow to half a minute."""
+
+    def _ensure_connection(self, *args: Any, **options: Any) -> Any:
+        waits = {"interval_start": 1, "interval_step": 0.5, "interval_max": 2}
+        return super()._ensure_connection(*args, **(waits | options))  # type: ignore[no-untyped-call]
+
+
+class _Amqp(AMQP):
+    Connection = _Connection
+
+
+@cache
+def topology() -> Topology:
+    """The sheet with this environment's overrides.
+
+    Raises:
+        ConfigurationError: the settings, the sheet or an override can't be used.
+    """
+    try:
+        return get_settings().topology
+    except TopologyError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def route(name: str, _args: Any, _kwargs: Any, options: dict[str, Any], **_: Any) -> dict[str, str]:
+    """Celery's router: the queue of the caller's choice, or else the one that carries the task.
+
+    Raises:
+        NoRoute: there is neither.
+    """
+    if options.get("queue"):
+        return {}
+    chosen = (options.get("exchange"), options.get("routing_key"))
+    if chosen != (None, None):
+        for queue in topology().queues.values():
+            if chosen == (queue.exchange, queue.routing_key):
+                return {"queue": queue.name}
+    if name in topology().queue_by_task:
+        return {"queue": topology().queue_by_task[name].name}
+    raise NoRoute(
+        f"No queue carries the task {name}, so it was not published: "
+        "add it to a queue in app/topology.yml, or correct the name."
+    )
+
+
+@cache
+def _configuration() -> dict[str, Any]:
+    settings = get_settings()
+    queues = topology().queues.values()
+    # Celery lets these two of the environment outrank its configuration, so they are put right in place.
+    if "CELERY_BROKER_URL" in os.environ:
+        os.environ["CELERY_BROKER_URL"] = settings.broker_url
+    if "CELERY_RESULT_BACKEND" in os.environ:
+        os.environ["CELERY_RESULT_BACKEND"] = settings.result_backend_url
+    return {
+        "broker_url": settings.broker_url,
+        "result_backend": settings.result_backend_url,
+        # JSON alone: whoever can write a message must not be able to run code.
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "event_serializer": "json",
+        "accept_content": ["json"],
+        "result_accept_content": ["json"],
+        "enable_utc": True,
+        "timezone": "UTC",
+        # The sheet's queues and no other.
+        "task_queues": [
+            Queue(queue.name, Exchange(queue.exchange, "direct"), queue.routing_key) for queue in queues
+        ],
+        "task_default_queue": next(iter(queues)).name,  # must name one; `route` never leaves it to this
+        "task_create_missing_queues": False,
+        "task_routes": (route,),
+        "task_annotations": {
+            task: {
+                "soft_time_limit": queue.soft_time_limit,
+                "time_limit": queue.time_limit,
+                "max_retries": queue.retry.max_retries,
+                "backoff": queue.retry.backoff,
+                "backoff_max": queue.retry.backoff_max,
+            }
+            for queue in queues
+            for task in queue.tasks
+        },
+        # A message is done when its task is, and is there for another worker when this one dies.
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "task_track_started": True,
+        "worker_prefetch_multiplier": 1,
+        # The database going away never ends a worker, nor what it is running.
+        "broker_connection_retry": True,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        # The tables are made by migrations (celery_foundation), never by a worker.
+        "database_create_tables_at_setup": False,
+    }
+
+
+celery_app = Celery("skeldir", amqp=_Amqp, task_cls=PolicyTask)
+# Evaluated when first needed, so that importing this module asks nothing of the environment.
+celery_app.config_from_object(Proxy(_configuration))
+
+
+def discover(sheet: Topology) -> None:
+    """Import every module of `app/tasks`, and every other module whose tasks the sheet names."""
+    modules = {f"{tasks.__name__}.{module.name}" for module in iter_modules(tasks.__path__)}
+    named = {task.rpartition(".")[0] for task in sheet.queue_by_task if not task.startswith("celery.")}
+    for module in sorted(modules | {name for name in named if _exists(name)}):
+        import_module(module)
+
+
+def _exists(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent doesn't exist either
+        return False
+
+
+def disagreements(registered: Iterable[str], sheet: Topology) -> list[str]:
+    """What differs between the tasks that have code and those the sheet names, a sentence each."""
+    registered = set(registered)
+    own = sorted(task for task in registered if not task.startswith("celery."))
+    return [
+        f"The task {task} has code but no queue: add it to a queue in app/topology.yml, or remove the code."
+        for task in own
+        if task not in sheet.queue_by_task
+    ] + [
+        f"The queue {queue.name} carries the task {task}, which has no code: "
+        "write it, or remove it from app/topology.yml."
+        for task, queue in sheet.queue_by_task.items()
+        if task not in registered
+    ]
+
+
+@signals.import_modules.connect
+def _discover_tasks(**_: Any) -> None:
+    discover(topology())
+
+
+@signals.setup_logging.connect
+def _configure_logging(loglevel: int | str | None = None, **_: Any) -> None:
+    configure_logging(loglevel or "INFO")
+
+
+@signals.celeryd_init.connect
+def _prepare_worker(instance: Any, options: dict[str, Any], **_: Any) -> None:
+    problems = disagreements(celery_app.tasks, topology())
+    asked = options.get("queues") or []
+    asked = asked.split(",") if isinstance(asked, str) else asked
+    problems += [
+        f"There is no queue {name} in app/topology.yml, which has {', '.join(topology().queues)}."
+        for name in asked
+        if name not in topology().queues
+    ]
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        sys.exit(EX_CONFIG)
+    instance.quiet = True  # no banner: it isn't JSON
+    celery_app.log.setup(options.get("loglevel") or "INFO")
+
+
+@signals.before_task_publish.connect
+def _send_correlation_id(headers: dict[str, Any], **_: Any) -> None:
+    known = headers.get(CORRELATION_HEADER) or current_context().correlation_id
+    headers[CORRELATION_HEADER] = known or headers.get("root_id") or headers.get("id")
+
+
+@signals.task_prerun.connect
+def _enter_task(task: PolicyTask, **_: Any) -> None:
+    request = task.request
+    request.context_outside = set_context(
+        Context(getattr(request, CORRELATION_HEADER, None) or request.root_id)
+    )
+
+
+@signals.task_postrun.connect
+def _leave_task(task: PolicyTask, **_: Any) -> None:
+    set_context(getattr(task.request, "context_outside", Context()))

@@ -1,0 +1,162 @@
+"""The operator's command, `skeldir`.
+
+Exit status: 0 done, 1 it didn't work, 2 wrong usage, 78 unusable configuration.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+from app.celery_app import celery_app, disagreements, discover, topology
+from app.core.config import EX_CONFIG, ConfigurationError
+from app.core.topology import Topology, TopologyError, load_topology
+from app.db.session import get_engine
+from app.observability.context import correlation
+
+cli = typer.Typer(
+    help="Look at and run the worker plane.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+topology_cli = typer.Typer(help="The sheet that everything is read from.", no_args_is_help=True)
+cli.add_typer(topology_cli, name="topology")
+
+Overrides = Annotated[
+    str | None, typer.Option(help='Numbers of an environment as JSON, such as {"llm": {"concurrency": 4}}.')
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """Run the command; what keeps it from working is said in a sentence."""
+    try:
+        cli()
+    except ConfigurationError as error:
+        print(error.message, file=sys.stderr)
+        sys.exit(EX_CONFIG)
+    except OperationalError as error:
+        reason = str(error.orig).strip().splitlines()[0]
+        sys.exit(
+            f"The database can't be used: {reason}\n"
+            "Check that it runs, that DATABASE_URL names it and that this host may connect to it."
+        )
+
+
+def _sheet(overrides: str | None) -> Topology:
+    try:
+        return load_topology(overrides=_parsed(overrides))
+    except TopologyError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _parsed(overrides: str | None) -> Any:
+    try:
+        parsed = json.loads(overrides) if overrides else {}
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"--overrides is not valid JSON: {error}") from error
+    if not isinstance(parsed, dict) or not all(isinstance(value, dict) for value in parsed.values()):
+        raise typer.BadParameter('--overrides must be written like {"llm": {"concurrency": 4}}')
+    return parsed
+
+
+@topology_cli.command()
+def check(overrides: Overrides = None) -> None:
+    """Check the sheet, and that the code has exactly its tasks."""
+    sheet = _sheet(overrides)
+    discover(sheet)
+    if problems := disagreements(celery_app.tasks, sheet):
+        raise ConfigurationError("\n".join(problems))
+    print(f"The sheet is right: {len(sheet.queues)} queues, {len(sheet.queue_by_task)} tasks.")
+
+
+@topology_cli.command()
+def show(overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show the queues, with an environment's overrides applied."""
+    sheet = _sheet(overrides)
+    if as_json:
+        print(sheet.model_dump_json(indent=2))
+        return
+    table = Table("queue", "port", "concurrency", "prefetch", "soft / hard limit", "tasks")
+    for queue in sheet.queues.values():
+        numbers = (queue.metrics_port, queue.concurrency, queue.prefetch)
+        limits = f"{queue.soft_time_limit} s / {queue.time_limit} s"
+        table.add_row(queue.name, *map(str, numbers), limits, "\n".join(queue.tasks))
+    _print(table)
+
+
+@cli.command()
+def worker(queue: Annotated[str, typer.Argument(help="The queue of the sheet to work on.")]) -> None:
+    """Become the Celery worker of a queue, with the sheet's numbers."""
+    if queue not in topology().queues:
+        known = ", ".join(topology().queues)
+        raise ConfigurationError(f"There is no queue {queue} in app/topology.yml, which has {known}.")
+    entry = topology().queues[queue]
+    os.environ["CELERY_METRICS_PORT"] = str(entry.metrics_port)
+    # Resolved, so that the worker and its children keep to this release when `current` moves on to the next.
+    python = Path(sys.prefix).resolve() / "bin" / "python"
+    arguments = [str(python), "-m", "celery", "-A", "app.celery_app", "worker"]
+    arguments += ["--queues", queue, "--hostname", f"{queue}@%h", "--pool", "prefork", "--loglevel", "INFO"]
+    arguments += ["--concurrency", str(entry.concurrency), "--prefetch-multiplier", str(entry.prefetch)]
+    os.execv(python, arguments)  # noqa: S606 - no shell, and every word is from the sheet
+
+
+@cli.command()
+def ping(
+    queue: Annotated[list[str] | None, typer.Option(help="Only this queue; may be repeated.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for all answers.")] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Send a job through every queue and wait for its result."""
+    unknown = [name for name in queue or [] if name not in topology().queues]
+    if unknown:
+        raise typer.BadParameter(f"there is no queue {', '.join(unknown)}; see `skeldir topology show`")
+    with get_engine().connect() as connection:  # says at once when the database is away
+        connection.execute(text("SELECT 1"))
+    rows = _ping(queue or list(topology().queues), timeout)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        table = Table("queue", "worker", "seconds", "result")
+        for row in rows:
+            table.add_row(row["queue"], row["worker"] or "-", f"{row['seconds']:.2f}", row["result"])
+        _print(table)
+    if any(row["result"] != "ok" for row in rows):
+        raise typer.Exit(1)
+
+
+def _ping(queues: list[str], timeout: float) -> list[dict[str, Any]]:
+    started = time.monotonic()
+    with correlation():
+        sent = {
+            name: celery_app.send_task("app.tasks.housekeeping.ping", queue=name, expires=timeout)
+            for name in queues
+        }
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < len(sent) and time.monotonic() - started < timeout:
+        for name, result in sent.items():
+            if name not in rows and result.ready():
+                rows[name] = _row(name, result.result, time.monotonic() - started)
+        time.sleep(0.1)
+    return [rows.get(name) or _row(name, None, timeout) for name in queues]
+
+
+def _row(queue: str, answer: Any, seconds: float) -> dict[str, Any]:
+    row = {"queue": queue, "worker": None, "seconds": round(seconds, 3), "result": "no answer"}
+    if isinstance(answer, dict):
+        right = answer.get("pong") is True and answer.get("queue") == queue
+        row |= {"worker": answer.get("worker"), "result": "ok" if right else f"wrong answer: {answer}"}
+    elif answer is not None:
+        row["result"] = f"failed: {type(answer).__name__}"
+    return row
+
+
+def _print(table: Table) -> None:
+    # A pipe or a journal has no width of its own: don't cut names there.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
