@@ -21,6 +21,7 @@ from app.core.config import EX_CONFIG, ConfigurationError
 from app.core.topology import Topology, TopologyError, load_topology
 from app.db.session import get_engine
 from app.observability.context import correlation
+from app.tasks import housekeeping
 
 cli = typer.Typer(
     help="Look at and run the worker plane.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -134,10 +135,7 @@ def ping(
 def _ping(queues: list[str], timeout: float) -> list[dict[str, Any]]:
     started = time.monotonic()
     with correlation():
-        sent = {
-            name: celery_app.send_task("app.tasks.housekeeping.ping", queue=name, expires=timeout)
-            for name in queues
-        }
+        sent = {name: housekeeping.ping.apply_async(queue=name, expires=timeout) for name in queues}
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < len(sent) and time.monotonic() - started < timeout:
         for name, result in sent.items():
