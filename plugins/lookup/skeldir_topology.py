@@ -1,0 +1,64 @@
+"""The lookup `skeldir_topology`: the queues of this checkout's app/topology.yml."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleError
+from ansible.plugins.lookup import LookupBase
+
+DOCUMENTATION = """
+name: skeldir_topology
+short_description: The queues of app/topology.yml, typed and checked
+description:
+  - Returns the mapping of queue names to their entries, with the inventory's overrides applied.
+  - The sheet is the one of the checkout this plugin lies in; no host and no fact is needed.
+options:
+  overrides:
+    description: Numbers by queue name.
+    type: dict
+    default: {}
+  problems:
+    description: Return what is wrong with sheet and overrides, a sentence each, instead of the queues.
+    type: bool
+    default: false
+"""
+
+EXAMPLES = """
+- ansible.builtin.debug:
+    msg: "{{ lookup('skeldir_topology', overrides=skeldir_queue_overrides).llm.metrics_port }}"
+"""
+
+RETURN = """
+_raw:
+  description: One mapping of queue names to entries, or with O(problems) a list of sentences.
+  type: list
+"""
+
+_PROJECT = Path(__file__).resolve().parents[2]
+
+
+class LookupModule(LookupBase):  # type: ignore[misc]
+    """Reads the sheet by the application's own loader, so that both can't disagree."""
+
+    def run(self, terms: list[Any], variables: dict[str, Any] | None = None, **kwargs: Any) -> list[Any]:
+        """Return `[queues]`, or the list of problems when asked for it."""
+        self.set_options(var_options=variables, direct=kwargs)
+        # Ansible's values carry tags; the loader is given plain ones.
+        overrides = json.loads(json.dumps(self.get_option("overrides")))
+        if str(_PROJECT) not in sys.path:
+            sys.path.insert(0, str(_PROJECT))
+        try:
+            from app.core.topology import TopologyError, load_topology  # noqa: PLC0415 - needs the path above
+        except ImportError as error:
+            raise AnsibleError(
+                f"the sheet can't be read: {error}; install requirements/tools.txt beside Ansible"
+            ) from error
+        try:
+            topology = load_topology(overrides=overrides)
+        except TopologyError as error:
+            if self.get_option("problems"):
+                return str(error).splitlines()
+            raise AnsibleError(str(error)) from error
+        return [] if self.get_option("problems") else [topology.model_dump(mode="json")["queues"]]
