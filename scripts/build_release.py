@@ -168,6 +168,8 @@ def build(release: dict[str, Any], python: str, arch: str, archive: Path) -> Non
             "building the application's wheel",
             *(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(wheelhouse)),
         )
+        (pip,) = wheelhouse.glob("pip-*.whl")
+        pip.rename(root / "pip.whl")  # a host runs it straight from the file
         (wheel,) = wheelhouse.glob("skeldir_worker_plane-*.whl")
         sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
         (root / "requirements.txt").write_text(
