@@ -127,7 +127,7 @@ def download(python: str, arch: str, wheelhouse: Path, lock: Path, scratch: Path
     pip.write_text(locked("pip", PROJECT / "requirements/tools.txt"))
     platforms = [f"--platform={platform}_{arch}" for platform in PLATFORMS]
     run(
-        f"downloading the locked dependencies for Python {python} on {arch} (where from says pip's configuration)",
+        f"downloading the locked dependencies for Python {python} on {arch} as pip is configured",
         *(sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"),
         *("--retries=3", "--timeout=30", "--no-deps", "--require-hashes", "--only-binary=:all:"),
         *(f"--python-version={python}", "--implementation=cp"),
@@ -147,10 +147,12 @@ def pack(archive: Path, root: Path) -> None:
         return info
 
     buffer = io.BytesIO()
-    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=1) as packed:
-        with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
-            for path in sorted(root.rglob("*")):
-                tar.add(path, arcname=str(path.relative_to(root)), recursive=False, filter=anonymous)
+    with (
+        gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=1) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for path in sorted(root.rglob("*")):
+            tar.add(path, arcname=str(path.relative_to(root)), recursive=False, filter=anonymous)
     part = archive.with_name(f".{archive.name}.{os.getpid()}")
     part.write_bytes(buffer.getvalue())
     part.replace(archive)
@@ -187,7 +189,9 @@ def build(release: dict[str, Any], python: str, arch: str, archive: Path) -> Non
 
 def main() -> int:
     """Print what the release is; build its archive when it doesn't exist yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--describe", action="store_true", help="only print release.json; build nothing")
     parser.add_argument("--python", default="3.11", help="the target's Python, such as 3.11")
     parser.add_argument("--arch", default="x86_64", help="the target's architecture as uname -m says it")
