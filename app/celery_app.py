@@ -1,7 +1,9 @@
 """The Celery application: where settings, broker, results, logs and tasks are put together."""
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
@@ -11,9 +13,13 @@ from typing import Any
 
 from celery import Celery, signals
 from celery.app.amqp import AMQP
+from celery.backends.database.session import ResultModelBase
+from celery.exceptions import CPendingDeprecationWarning
 from celery.local import Proxy
 from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
+from kombu.transport.sqlalchemy.models import metadata as broker_tables
+from sqlalchemy import event
 
 from app import tasks
 from app.core.config import EX_CONFIG, ConfigurationError, get_settings
@@ -22,6 +28,8 @@ from app.db import engine  # noqa: F401 - `postgresql://` means psycopg2 from he
 from app.observability.context import CORRELATION_HEADER, Context, current_context, set_context
 from app.observability.logging import configure_logging
 from app.tasks.base import PolicyTask
+
+logger = logging.getLogger(__name__)
 
 
 class NoRoute(Exception):  # noqa: N818 - it is the name of what is wrong
@@ -127,6 +135,17 @@ def _configuration() -> dict[str, Any]:
     }
 
 
+def _refuse_to_create(_metadata: Any, _connection: Any, tables: Iterable[Any], **_: Any) -> None:
+    if missing := ", ".join(table.name for table in tables):
+        raise ConfigurationError(
+            f"The database lacks {missing}: run `alembic upgrade celery_foundation@head`."
+        )
+
+
+# kombu and Celery would make their tables where these are missing. Here only migrations make tables.
+event.listen(broker_tables, "before_create", _refuse_to_create)
+event.listen(ResultModelBase.metadata, "before_create", _refuse_to_create)
+
 celery_app = Celery("skeldir", amqp=_Amqp, task_cls=PolicyTask)
 # Evaluated when first needed, so that importing this module asks nothing of the environment.
 celery_app.config_from_object(Proxy(_configuration))
@@ -188,12 +207,20 @@ def _prepare_worker(instance: Any, options: dict[str, Any], **_: Any) -> None:
         sys.exit(EX_CONFIG)
     instance.quiet = True  # no banner: it isn't JSON
     celery_app.log.setup(options.get("loglevel") or "INFO")
+    # Nothing that is deprecated for Celery's next major version is news to whoever reads the journal.
+    warnings.simplefilter("ignore", CPendingDeprecationWarning)
 
 
 @signals.before_task_publish.connect
 def _send_correlation_id(headers: dict[str, Any], **_: Any) -> None:
     known = headers.get(CORRELATION_HEADER) or current_context().correlation_id
     headers[CORRELATION_HEADER] = known or headers.get("root_id") or headers.get("id")
+
+
+@signals.task_received.connect
+def _log_received(request: Any, **_: Any) -> None:
+    known = {"correlation_id": request.request_dict.get(CORRELATION_HEADER)}
+    logger.info("Task %(name)s[%(id)s] received", {"name": request.name, "id": request.id}, extra=known)
 
 
 @signals.task_prerun.connect

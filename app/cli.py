@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from celery import Celery
+from kombu.exceptions import OperationalError as BrokerError
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
-from app.celery_app import celery_app, disagreements, discover, topology
+from app.celery_app import disagreements, discover, topology
 from app.core.config import EX_CONFIG, ConfigurationError
 from app.core.topology import Topology, TopologyError, load_topology
 from app.db.session import get_engine
@@ -42,11 +44,12 @@ def main() -> None:
     except ConfigurationError as error:
         print(error.message, file=sys.stderr)
         sys.exit(EX_CONFIG)
-    except OperationalError as error:
-        reason = str(error.orig).strip().splitlines()[0]
+    except (DBAPIError, BrokerError) as error:
+        reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
         sys.exit(
             f"The database can't be used: {reason}\n"
-            "Check that it runs, that DATABASE_URL names it and that this host may connect to it."
+            "Check that it runs, that DATABASE_URL names it with a user that may do this, "
+            "and that its schema is there (alembic upgrade heads)."
         )
 
 
@@ -72,7 +75,8 @@ def check(overrides: Overrides = None) -> None:
     """Check the sheet, and that the code has exactly its tasks."""
     sheet = _sheet(overrides)
     discover(sheet)
-    if problems := disagreements(celery_app.tasks, sheet):
+    # Shared tasks belong to every application; this one asks for no database.
+    if problems := disagreements(Celery(set_as_current=False).tasks, sheet):
         raise ConfigurationError("\n".join(problems))
     print(f"The sheet is right: {len(sheet.queues)} queues, {len(sheet.queue_by_task)} tasks.")
 
@@ -135,7 +139,7 @@ def ping(
 def _ping(queues: list[str], timeout: float) -> list[dict[str, Any]]:
     started = time.monotonic()
     with correlation():
-        sent = {name: housekeeping.ping.apply_async(queue=name, expires=timeout) for name in queues}
+        sent = {name: housekeeping.ping.apply_async(queue=name) for name in queues}
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < len(sent) and time.monotonic() - started < timeout:
         for name, result in sent.items():

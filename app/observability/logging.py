@@ -44,7 +44,7 @@ class JsonLines(JsonFormatter):
             "message": record.getMessage(),
             "logger": record.name,
             **_task_fields(record),
-            "correlation_id": context.correlation_id,
+            "correlation_id": getattr(record, "correlation_id", context.correlation_id),
             "tenant_id": context.tenant_id and str(context.tenant_id),
             "exception": message_dict.get("exc_info"),
         }
@@ -61,6 +61,9 @@ def configure_logging(level: int | str = logging.INFO) -> None:
     root.setLevel(level)
     for apart in (get_billiard_logger(), get_multiprocessing_logger()):  # they don't propagate
         apart.handlers[:] = [handler]
+        apart.setLevel(logging.WARNING)
+    # Its line about a received task comes without the correlation id; `app.celery_app` logs a better one.
+    logging.getLogger("celery.worker.strategy").setLevel(logging.WARNING)
     logging.captureWarnings(True)
     # Celery announces a shutdown in plain text, past all loggers.
     celery.apps.worker.safe_say = _say

@@ -1,0 +1,80 @@
+"""The sheet decides where tasks go; code and sheet must agree."""
+
+import pytest
+from celery.exceptions import QueueNotFound
+
+from app.celery_app import NoRoute, celery_app, disagreements, discover
+from app.core.topology import load_topology
+
+SHEET = load_topology()
+
+
+def _destination(task: str, **options: object) -> str:
+    return str(celery_app.amqp.router.route(options, task)["queue"].name)
+
+
+@pytest.mark.parametrize("task", SHEET.queue_by_task)
+def test_a_task_goes_to_the_queue_that_carries_it(task: str) -> None:
+    assert _destination(task) == SHEET.queue_by_task[task].name
+
+
+@pytest.mark.parametrize("queue", SHEET.queues)
+def test_the_caller_may_choose_another_queue_of_the_sheet(queue: str) -> None:
+    assert _destination("app.tasks.housekeeping.ping", queue=queue) == queue
+    entry = SHEET.queues[queue]
+    chosen = {"exchange": entry.exchange, "routing_key": entry.routing_key}
+    assert _destination("app.tasks.housekeeping.ping", **chosen) == queue
+
+
+def test_a_task_without_a_queue_is_refused_when_published() -> None:
+    with pytest.raises(NoRoute, match=r"app\.tasks\.nowhere\.work"):
+        celery_app.send_task("app.tasks.nowhere.work")
+
+
+def test_a_queue_that_is_not_in_the_sheet_is_refused_when_published() -> None:
+    with pytest.raises(QueueNotFound, match="elsewhere"):
+        celery_app.send_task("app.tasks.housekeeping.ping", queue="elsewhere")
+
+
+def test_the_workers_queues_are_the_sheets() -> None:
+    queues = celery_app.amqp.queues
+    assert {
+        name: (queue.exchange.name, queue.exchange.type, queue.routing_key) for name, queue in queues.items()
+    } == {queue.name: (queue.exchange, "direct", queue.routing_key) for queue in SHEET.queues.values()}
+
+
+def test_code_and_sheet_agree() -> None:
+    discover(SHEET)
+    assert disagreements(celery_app.tasks, SHEET) == []
+
+
+def test_a_task_without_a_queue_is_named() -> None:
+    (problem,) = disagreements([*SHEET.queue_by_task, "app.tasks.stray.work"], SHEET)
+    assert "app.tasks.stray.work" in problem
+
+
+def test_a_queues_task_without_code_is_named() -> None:
+    *others, last = SHEET.queue_by_task
+    (problem,) = disagreements(others, SHEET)
+    assert last in problem
+    assert SHEET.queue_by_task[last].name in problem
+
+
+def test_celerys_own_tasks_need_no_queue() -> None:
+    assert disagreements([*SHEET.queue_by_task, "celery.starmap"], SHEET) == []
+
+
+@pytest.mark.parametrize("task", SHEET.queue_by_task)
+def test_limits_and_retries_come_from_the_sheet(task: str) -> None:
+    discover(SHEET)
+    code, queue = celery_app.tasks[task], SHEET.queue_by_task[task]
+    assert (code.soft_time_limit, code.time_limit) == (queue.soft_time_limit, queue.time_limit)
+    assert code.max_retries == queue.retry.max_retries
+    assert code.acks_late
+    assert code.reject_on_worker_lost
+
+
+def test_only_json_is_accepted() -> None:
+    conf = celery_app.conf
+    assert conf.accept_content == conf.result_accept_content == ["json"]
+    assert conf.task_serializer == conf.result_serializer == conf.event_serializer == "json"
