@@ -42,7 +42,7 @@ types() { mypy && lint-imports; }
 
 shells() {
   local files
-  mapfile -t files < <(git ls-files --cached --others --exclude-standard | xargs grep -lE '^#!.*\b(ba)?sh$|^# shellcheck shell=' --)
+  mapfile -t files < <(git ls-files --cached --others --exclude-standard | grep -v '\.j2$' | xargs grep -lE '^#!.*\b(ba)?sh$|^# shellcheck shell=' --)
   shellcheck -x "${files[@]}"
 }
 
