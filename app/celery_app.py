@@ -21,7 +21,7 @@ from kombu.entity import Exchange, Queue
 from kombu.transport.sqlalchemy.models import metadata as broker_tables
 from sqlalchemy import event
 
-from app import tasks
+from app import results, tasks
 from app.core.config import EX_CONFIG, ConfigurationError, get_settings
 from app.core.topology import Topology, TopologyError
 from app.db import engine  # noqa: F401 - `postgresql://` means psycopg2 from here on
@@ -130,8 +130,6 @@ def _configuration() -> dict[str, Any]:
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
-        # The tables are made by migrations (celery_foundation), never by a worker.
-        "database_create_tables_at_setup": False,
     }
 
 
@@ -149,6 +147,7 @@ event.listen(ResultModelBase.metadata, "before_create", _refuse_to_create)
 celery_app = Celery("skeldir", amqp=_Amqp, task_cls=PolicyTask)
 # Evaluated when first needed, so that importing this module asks nothing of the environment.
 celery_app.config_from_object(Proxy(_configuration))
+results.register(celery_app)
 
 
 def discover(sheet: Topology) -> None:
