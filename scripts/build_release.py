@@ -117,7 +117,8 @@ def run(what: str, *command: str) -> None:
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["no message"]
         said = next((line for line in lines if line.startswith("ERROR:")), lines[-1])
-        raise BuildError(f"{what} failed: {said.removeprefix('ERROR: ')}") from error
+        silent = "; the package index doesn't answer" if "connection broken by" in error.stderr else ""
+        raise BuildError(f"{what} failed: {said.removeprefix('ERROR: ')}{silent}") from error
 
 
 def download(python: str, arch: str, wheelhouse: Path, lock: Path, scratch: Path) -> None:
