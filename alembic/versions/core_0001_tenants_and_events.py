@@ -25,7 +25,7 @@ down_revision: str | None = None
 branch_labels: str | Sequence[str] | None = ("core_schema",)
 depends_on: str | Sequence[str] | None = None
 
-# Default privileges give app_user and app_rw each new table; that is taken back before what is meant is given.
+# Default privileges give app_user and app_rw each new table: taken back before what is meant is given.
 NEW_TABLE = "REVOKE ALL ON {} FROM app_user, app_rw, app_ro"
 
 
