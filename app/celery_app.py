@@ -6,14 +6,10 @@ import sys
 import warnings
 from collections.abc import Iterable
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from pkgutil import iter_modules
 from typing import Any
 
 from celery import Celery, signals
 from celery.app.amqp import AMQP
-from celery.backends.database.session import ResultModelBase
 from celery.exceptions import CPendingDeprecationWarning
 from celery.local import Proxy
 from kombu.connection import Connection
@@ -21,19 +17,20 @@ from kombu.entity import Exchange, Queue
 from kombu.transport.sqlalchemy.models import metadata as broker_tables
 from sqlalchemy import event
 
-from app import results, tasks
+from app import results
 from app.core.config import EX_CONFIG, ConfigurationError, get_settings
 from app.core.topology import Topology, TopologyError
 from app.db import engine  # noqa: F401 - `postgresql://` means psycopg2 from here on
 from app.observability.context import CORRELATION_HEADER, Context, current_context, set_context
 from app.observability.logging import configure_logging
 from app.tasks.base import PolicyTask
+from app.tasks.discovery import disagreements, discover
 
 logger = logging.getLogger(__name__)
 
 
 class NoRoute(Exception):  # noqa: N818 - it is the name of what is wrong
-    """A task was published that no queue of the sheet carries."""
+    """A task was published to where no worker would ever find it."""
 
 
 class _Connection(Connection):
@@ -65,15 +62,18 @@ def route(name: str, _args: Any, _kwargs: Any, options: dict[str, Any], **_: Any
     """Celery's router: the queue of the caller's choice, or else the one that carries the task.
 
     Raises:
-        NoRoute: there is neither.
+        NoRoute: there is neither in the sheet.
     """
-    if options.get("queue"):
+    queues = topology().queues
+    if queue := options.get("queue"):
+        if queue.name not in queues:
+            raise NoRoute(f"There is no queue {queue.name} in app/topology.yml, so {name} was not published.")
         return {}
-    chosen = (options.get("exchange"), options.get("routing_key"))
-    if chosen != (None, None):
-        for queue in topology().queues.values():
-            if chosen == (queue.exchange, queue.routing_key):
-                return {"queue": queue.name}
+    if exchange := options.get("exchange"):
+        for entry in queues.values():
+            if (exchange, options.get("routing_key")) == (entry.exchange, entry.routing_key):
+                return {"queue": entry.name}
+        raise NoRoute(f"No queue of app/topology.yml is bound to {exchange}, so {name} was not published.")
     if name in topology().queue_by_task:
         return {"queue": topology().queue_by_task[name].name}
     raise NoRoute(
@@ -123,7 +123,6 @@ def _configuration() -> dict[str, Any]:
         # A message is done when its task is, and is there for another worker when this one dies.
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
-        "task_track_started": True,
         "worker_prefetch_multiplier": 1,
         # The database going away never ends a worker, nor what it is running.
         "broker_connection_retry": True,
@@ -140,45 +139,13 @@ def _refuse_to_create(_metadata: Any, _connection: Any, tables: Iterable[Any], *
         )
 
 
-# kombu and Celery would make their tables where these are missing. Here only migrations make tables.
+# kombu would make its tables where they are missing. Here only migrations make tables.
 event.listen(broker_tables, "before_create", _refuse_to_create)
-event.listen(ResultModelBase.metadata, "before_create", _refuse_to_create)
 
 celery_app = Celery("skeldir", amqp=_Amqp, task_cls=PolicyTask)
 # Evaluated when first needed, so that importing this module asks nothing of the environment.
 celery_app.config_from_object(Proxy(_configuration))
 results.register(celery_app)
-
-
-def discover(sheet: Topology) -> None:
-    """Import every module of `app/tasks`, and every other module whose tasks the sheet names."""
-    modules = {f"{tasks.__name__}.{module.name}" for module in iter_modules(tasks.__path__)}
-    named = {task.rpartition(".")[0] for task in sheet.queue_by_task if not task.startswith("celery.")}
-    for module in sorted(modules | {name for name in named if _exists(name)}):
-        import_module(module)
-
-
-def _exists(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent doesn't exist either
-        return False
-
-
-def disagreements(registered: Iterable[str], sheet: Topology) -> list[str]:
-    """What differs between the tasks that have code and those the sheet names, a sentence each."""
-    registered = set(registered)
-    own = sorted(task for task in registered if not task.startswith("celery."))
-    return [
-        f"The task {task} has code but no queue: add it to a queue in app/topology.yml, or remove the code."
-        for task in own
-        if task not in sheet.queue_by_task
-    ] + [
-        f"The queue {queue.name} carries the task {task}, which has no code: "
-        "write it, or remove it from app/topology.yml."
-        for task, queue in sheet.queue_by_task.items()
-        if task not in registered
-    ]
 
 
 @signals.import_modules.connect

@@ -18,12 +18,13 @@ from rich.table import Table
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from app.celery_app import disagreements, discover, topology
+from app.celery_app import topology
 from app.core.config import EX_CONFIG, ConfigurationError
 from app.core.topology import Topology, TopologyError, load_topology
 from app.db.session import get_engine
 from app.observability.context import correlation
 from app.tasks import housekeeping
+from app.tasks.discovery import disagreements, discover
 
 cli = typer.Typer(
     help="Look at and run the worker plane.", no_args_is_help=True, pretty_exceptions_enable=False

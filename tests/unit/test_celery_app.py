@@ -2,9 +2,11 @@
 
 import pytest
 from celery.exceptions import QueueNotFound
+from kombu.entity import Queue
 
-from app.celery_app import NoRoute, celery_app, disagreements, discover
+from app.celery_app import NoRoute, celery_app
 from app.core.topology import load_topology
+from app.tasks.discovery import disagreements, discover
 
 SHEET = load_topology()
 
@@ -34,6 +36,12 @@ def test_a_task_without_a_queue_is_refused_when_published() -> None:
 def test_a_queue_that_is_not_in_the_sheet_is_refused_when_published() -> None:
     with pytest.raises(QueueNotFound, match="elsewhere"):
         celery_app.send_task("app.tasks.housekeeping.ping", queue="elsewhere")
+
+
+def test_a_destination_that_is_not_in_the_sheet_is_refused_when_published() -> None:
+    for options in ({"queue": Queue("elsewhere")}, {"exchange": "llm", "routing_key": "elsewhere"}):
+        with pytest.raises(NoRoute):
+            celery_app.send_task("app.tasks.housekeeping.ping", **options)
 
 
 def test_the_workers_queues_are_the_sheets() -> None:
