@@ -12,7 +12,10 @@ _number = itertools.count(1)
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Cluster]:
-    """A PostgreSQL with the project's roles and a migrated database `skeldir`; one for the whole run."""
+    """A PostgreSQL with the project's roles, one for the whole run.
+
+    Its databases `skeldir` (migrated) and `provisioned` (grants alone) are templates: connect to copies.
+    """
     yield from provisioned_cluster()
 
 
