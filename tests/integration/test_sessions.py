@@ -1,5 +1,6 @@
 """A tenant's transaction is that tenant's alone, and leaves nothing on the connection."""
 
+import os
 from collections.abc import Iterator
 from uuid import UUID, uuid4
 
@@ -129,3 +130,16 @@ def test_a_lost_connection_is_replaced(database: Database) -> None:
     pid = _next_user(TENANT)[0]
     assert database.rows(f"SELECT pg_terminate_backend({pid}, 5000)") == [(True,)]
     assert _next_user(TENANT) != (pid, str(TENANT))
+
+
+def test_a_forked_child_has_its_own_connection() -> None:
+    parents = _next_user(TENANT)[0]
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.write(writer, str(_next_user(OTHER)).encode())
+        os._exit(0)
+    os.wait()
+    childs, seen = eval(os.read(reader, 1000))  # noqa: S307 - what was written three lines above
+    assert childs != parents
+    assert seen == str(OTHER)
+    assert _next_user() == (parents, "")

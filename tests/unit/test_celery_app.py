@@ -1,5 +1,9 @@
 """The sheet decides where tasks go; code and sheet must agree."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from celery.exceptions import QueueNotFound
 from kombu.entity import Queue
@@ -86,3 +90,24 @@ def test_only_json_is_accepted() -> None:
     conf = celery_app.conf
     assert conf.accept_content == conf.result_accept_content == ["json"]
     assert conf.task_serializer == conf.result_serializer == conf.event_serializer == "json"
+
+
+def test_dsns_of_the_environment_are_put_right_too() -> None:
+    given = "postgresql+asyncpg://u:pw@elsewhere/d?channel_binding=require"
+    code = (
+        "from app.celery_app import celery_app as app\n"
+        "print(app.connection_for_write().as_uri(include_password=True))\n"
+        "print(app.backend.as_uri(include_password=True))\n"
+    )
+    environment = {
+        "PATH": os.environ["PATH"],
+        "DATABASE_URL": "postgresql://here/d",
+        "CELERY_BROKER_URL": f"sqla+{given}",
+        "CELERY_RESULT_BACKEND": f"db+{given}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    broker, backend = done.stdout.split()
+    assert broker == "sqla+postgresql://u:pw@elsewhere/d"
+    assert backend.endswith("postgresql://u:pw@elsewhere/d")
