@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 from app.core.config import get_settings
-from app.db.engine import get_engine
+from app.db.engine import _forget_the_tenant, get_engine
 from app.db.session import get_session, set_tenant_guc
 from tests.postgres import Database
 
@@ -113,6 +113,12 @@ def test_the_guc_may_be_set_for_a_session_until_the_connection_goes_back() -> No
         session.commit()
         pid, seen = _seen(session)
         assert seen == str(TENANT)
+    assert _next_user() == (pid, "")
+
+
+def test_the_tenant_ends_with_its_transaction_even_where_the_pool_forgets_nothing() -> None:
+    event.remove(get_engine(), "reset", _forget_the_tenant)
+    pid = _next_user(TENANT)[0]
     assert _next_user() == (pid, "")
 
 

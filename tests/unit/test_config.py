@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from app.core.config import ConfigurationError, Settings, get_settings
 
@@ -74,6 +75,13 @@ def test_what_is_unusable_is_named_without_its_value(
     assert "geheim" not in refused.value.message
     assert "\n" not in refused.value.message
     assert refused.value.__context__ is None
+
+
+def test_settings_that_are_made_directly_repeat_no_value_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "mysql://u:geheim@h/d")
+    with pytest.raises(ValidationError) as refused:
+        Settings()
+    assert "geheim" not in str(refused.value)
 
 
 def test_settings_show_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,13 @@ def test_what_is_no_sheet_is_refused(tmp_path: Path, sheet: str) -> None:
         _load(tmp_path, sheet)
 
 
+def test_a_queue_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    once = yaml.safe_dump({"first": _queue("first", 9001)})
+    twice = "queues:\n" + "".join(f"  {line}\n" for line in (once + once).splitlines())
+    with pytest.raises(TopologyError, match="first"):
+        _load(tmp_path, twice)
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TopologyError, match=r"nothing\.yml"):
         load_topology(tmp_path / "nothing.yml")
