@@ -1,0 +1,52 @@
+"""The Ansible role `database`, run against a real server over the network."""
+
+import json
+
+import pytest
+
+from tests.postgres import PASSWORDS, Cluster, Database, run_database_role
+
+
+def databases(cluster: Cluster) -> list[tuple[object, ...]]:
+    return Database(cluster, "postgres").rows("SELECT datname, datacl::text FROM pg_database ORDER BY 1")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--check", "--diff")], ids=["run", "check"])
+def test_a_second_run_changes_nothing_and_shows_no_password(
+    postgres: Cluster, arguments: tuple[str, ...]
+) -> None:
+    done = run_database_role(postgres, "skeldir", "-v", *arguments)
+    assert done.returncode == 0, done.stdout
+    assert " changed=0 " in done.stdout
+    assert not [role for role, password in PASSWORDS.items() if password in done.stdout + done.stderr]
+
+
+def test_a_dry_run_makes_nothing(postgres: Cluster) -> None:
+    before = databases(postgres)
+    done = run_database_role(postgres, "elsewhere", "--check", "--diff")
+    assert done.returncode == 0, done.stdout
+    assert databases(postgres) == before
+
+
+@pytest.mark.parametrize("password", ["", "CHANGE-ME-please-soon", "short"])
+def test_a_password_that_is_none_is_refused_before_anything_is_made(postgres: Cluster, password: str) -> None:
+    before = databases(postgres)
+    passwords = json.dumps({"database_passwords": PASSWORDS | {"app_rw": password}})
+    done = run_database_role(postgres, "elsewhere", "--extra-vars", passwords)
+    assert done.returncode != 0
+    assert "database_passwords.app_rw" in done.stdout + done.stderr
+    assert databases(postgres) == before
+
+
+def test_an_administrator_without_superuser_can_run_it(postgres: Cluster) -> None:
+    postgres.execute(f"CREATE ROLE administrator LOGIN CREATEDB CREATEROLE PASSWORD '{postgres.password}'")
+    login = ("--extra-vars", "database_login_user=administrator")
+    try:
+        first = run_database_role(postgres, "managed", *login)
+        assert first.returncode == 0, first.stdout
+        second = run_database_role(postgres, "managed", *login)
+        assert " changed=0 " in second.stdout
+        assert Database(postgres, "managed").rows("SELECT current_user", user="app_user")
+    finally:
+        postgres.drop_database("managed")
+        postgres.execute("DROP OWNED BY administrator; DROP ROLE administrator")
