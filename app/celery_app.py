@@ -21,6 +21,7 @@ from app import results
 from app.core.config import EX_CONFIG, ConfigurationError, get_settings
 from app.core.topology import Topology, TopologyError
 from app.db import engine  # noqa: F401 - `postgresql://` means psycopg2 from here on
+from app.observability import worker_monitoring
 from app.observability.context import CORRELATION_HEADER, Context, current_context, set_context
 from app.observability.logging import configure_logging
 from app.tasks.base import PolicyTask
@@ -200,3 +201,7 @@ def _enter_task(task: PolicyTask, **_: Any) -> None:
 @signals.task_postrun.connect
 def _leave_task(task: PolicyTask, **_: Any) -> None:
     set_context(getattr(task.request, "context_outside", Context()))
+
+
+# Last, so that a worker that can't start says why before it listens on a port.
+worker_monitoring.install(celery_app, topology)

@@ -1,0 +1,186 @@
+"""What a worker's health is, and when each answer is no.
+
+`/health/live` (`Health.live`): restart the worker when this is no. No only when the consumer's loop has not
+moved for `Pulse.bound` seconds although the database answers. The loop is not expected to move while the
+worker drains (its stop timeout bounds that), while a task runs inside of it (`solo`; that task's hard limit
+bounds it), nor while the database is away: a restart would mend none of these.
+
+`/health/ready` (`Health.ready`): jobs are being taken. No while starting, connecting or draining, when no
+queue is consumed, when the loop has stalled, and when the database is away.
+
+`/health` (`Health.report`): the same as a detail for people; `unhealthy` exactly when not ready.
+"""
+
+import logging
+import math
+import select
+import threading
+import time
+from typing import Any, Protocol
+
+import psycopg2
+from psycopg2.extensions import POLL_OK, POLL_READ, connection
+from sqlalchemy.engine import URL
+
+logger = logging.getLogger(__name__)
+
+# The sum stays below the 5 s within which health must tell the truth, whichever way the database goes away.
+_EVERY = 1.5
+_WITHIN = 2.0
+_STALE = _EVERY + _WITHIN + 0.5
+
+
+class Pulse:
+    """The life signs of the consumer's loop, in seconds of the monotonic clock."""
+
+    def __init__(self, bound: float) -> None:
+        self.bound = bound
+        self.tasks_hold_the_loop = False
+        self._last = time.monotonic()
+
+    def tick(self) -> None:
+        """The loop moved."""
+        self._last = time.monotonic()
+
+    def hold(self, seconds: float | None) -> None:
+        """The loop will not move for up to `seconds` (None: nobody knows), for a good reason."""
+        self._last = time.monotonic() + (math.inf if seconds is None else seconds)
+
+    @property
+    def last(self) -> float:
+        """When the loop last moved; in the future while it is held."""
+        return self._last
+
+
+class Consuming(Protocol):
+    """What health wants to know of the consumer."""
+
+    hostname: str
+    in_loop: bool
+    connection: Any
+    task_consumer: Any
+
+
+class DatabaseProbe:
+    """Asks the database over a fresh connection, again and again, in a thread of its own.
+
+    Readers get the last answer and never wait. An answer too old to be true counts as none.
+    """
+
+    def __init__(self, url: URL) -> None:
+        arguments = url.get_dialect()().create_connect_args(url)[1]
+        self._arguments = {**arguments, "application_name": "skeldir-health"}
+        self._answered_at = -math.inf
+        self._reachable = False
+        self.away_at = -math.inf
+        """When the database was last found away, in seconds of the monotonic clock."""
+
+    def start(self) -> None:
+        """Begin to ask."""
+        threading.Thread(target=self._run, name="database-probe", daemon=True).start()
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the database answered, no longer than a few seconds ago."""
+        return self._reachable and time.monotonic() - self._answered_at < _STALE
+
+    def _run(self) -> None:
+        while True:
+            self._look()
+            time.sleep(_EVERY)
+
+    def _look(self) -> None:
+        try:
+            self._ask()
+            reachable = True
+        except Exception as error:
+            reachable = False
+            if self._reachable:
+                logger.warning("The database does not answer: %s", type(error).__name__)
+        self._answered_at = time.monotonic()
+        if not reachable:
+            self.away_at = self._answered_at
+        self._reachable = reachable
+
+    def _ask(self) -> None:
+        # Not blocking, so that a server that is frozen, or a network that drops packets, can't hold it.
+        deadline = time.monotonic() + _WITHIN
+        session = psycopg2.connect(**self._arguments, async_=True)
+        try:
+            _wait(session, deadline)
+            session.cursor().execute("SELECT 1")
+            _wait(session, deadline)
+        finally:
+            session.close()
+
+
+def _wait(session: connection, deadline: float) -> None:
+    while (state := session.poll()) != POLL_OK:
+        remaining = deadline - time.monotonic()
+        ready = select.poll()  # not select(), which fails beyond 1024 file descriptors
+        ready.register(session.fileno(), select.POLLIN if state == POLL_READ else select.POLLOUT)
+        if remaining <= 0 or not ready.poll(remaining * 1000):
+            raise TimeoutError
+
+
+class Health:
+    """The answers, from what the consumer, its pulse and the probe say."""
+
+    def __init__(self, pulse: Pulse, probe: DatabaseProbe) -> None:
+        self.pulse = pulse
+        self.probe = probe
+        self.consumer: Consuming | None = None
+        self.draining = False
+
+    @property
+    def live(self) -> bool:
+        """Whether the worker moves, or stands still for a good reason."""
+        if self.draining or not self.probe.reachable:
+            return True
+        # Back from an outage, the loop gets the whole time again.
+        return time.monotonic() - max(self.pulse.last, self.probe.away_at) < self.pulse.bound
+
+    @property
+    def queues(self) -> list[str]:
+        """The queues that are being consumed now."""
+        consumer = self.consumer
+        if self.draining or consumer is None or not consumer.in_loop or consumer.connection is None:
+            return []
+        return sorted(queue.name for queue in consumer.task_consumer.queues)
+
+    @property
+    def broker(self) -> str:
+        """`ok` when the consumer's connection is there and it consumes; otherwise what it does instead."""
+        if self.draining:
+            return "draining"
+        if self.consumer is None:
+            return "starting"
+        if not self.consumer.in_loop or self.consumer.connection is None:
+            return "connecting"
+        if not self.queues:
+            return "no queue is consumed"
+        return "ok" if self.live else "stalled"
+
+    @property
+    def database(self) -> str:
+        """`ok`, or `unreachable`; never more, because errors can hold parts of a DSN."""
+        return "ok" if self.probe.reachable else "unreachable"
+
+    @property
+    def ready(self) -> bool:
+        """Whether jobs are taken and can be done."""
+        return self.broker == "ok" and self.database == "ok"
+
+    def report(self) -> dict[str, Any]:
+        """The detail that `/health` shows."""
+        broker, database = self.broker, self.database
+        age = max(0.0, time.monotonic() - self.pulse.last)
+        return {
+            "status": "ok" if broker == database == "ok" else "unhealthy",
+            "broker": broker,
+            "database": database,
+            "queues": self.queues,
+            "worker": self.consumer.hostname if self.consumer else None,
+            "live": self.live,
+            "loop_age_seconds": round(age, 1),
+        }

@@ -1,0 +1,134 @@
+"""Counting what becomes of every delivery, in the worker's main process.
+
+Celery's `Request` is the one place that sees each delivery's start and end once in every pool: exceptions,
+retries, both time limits and a child that was killed (docs.celeryq.dev, "Requests and custom requests").
+Signals do not: `task_failure` is sent twice for one hard time limit, and a killed child sends none.
+"""
+
+from threading import Lock
+from time import monotonic
+from typing import Any, ClassVar
+
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from celery.exceptions import Ignore, Reject, Retry, Terminated
+from celery.worker.request import Request
+
+from app.observability.health import Pulse
+from app.observability.metrics import TaskMetrics, TaskSeries
+
+# Start and end of one delivery can be reported by two threads of the pool at the same time.
+_lock = Lock()
+
+
+class MeteredRequest(Request):
+    """A delivery that is counted once when it starts and once when it ends, whatever ends it first."""
+
+    metrics: ClassVar[TaskMetrics]
+    pulse: ClassVar[Pulse]
+
+    _began = False
+    _ended = False
+    _accepted_at: float | None = None
+    _runtime: float | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        # For every task Celery derives a class with an `on_success` of its own, which never calls that of
+        # its base (celery/celery#4526); so it is taken where it comes into being.
+        super().__init_subclass__(**options)
+        if "on_success" in vars(cls):
+            cls.on_success = _metered(cls.on_success)
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """A process of the pool took it."""
+        self._accepted_at = time_accepted
+        self._begin()
+        if self.pulse.tasks_hold_the_loop:
+            self.pulse.hold(self.time_limits[0] or self.task.time_limit)
+        super().on_accepted(pid, time_accepted)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """A time limit passed. The soft one is raised inside the task, which may still end in any way."""
+        if not soft:
+            self._end("failure")
+        super().on_timeout(soft, timeout)
+
+    def on_failure(
+        self, exc_info: ExceptionInfo, send_failed_event: bool = True, return_ok: bool = False
+    ) -> None:
+        """It ended by an exception, which need not mean that it failed."""
+        try:
+            super().on_failure(exc_info, send_failed_event, return_ok)
+        finally:
+            self._end(_outcome(exc_info.exception))
+
+    def _success_was_stored(self) -> Any:
+        # Asked when a process was lost: the task may have succeeded just before.
+        stored = super()._success_was_stored()
+        if stored:
+            self._end("success")
+        return stored
+
+    def _announce_revoked(self, reason: str, *args: Any) -> None:
+        self._end(reason)
+        super()._announce_revoked(reason, *args)
+
+    def _announce_cancelled(self, *args: Any, **options: Any) -> None:
+        self._end("retry")  # the worker stops before the task did, and the message is delivered again
+        super()._announce_cancelled(*args, **options)
+
+    def _of_metrics(self) -> TaskSeries:
+        return self.metrics.of(self.task.name, self.metrics.queue_of(self.delivery_info))
+
+    def _begin(self) -> None:
+        with _lock:
+            if self._began:
+                return
+            self._began = True
+        self._of_metrics().started.inc()
+
+    def _end(self, outcome: str) -> None:
+        with _lock:
+            if self._ended:
+                return
+            self._ended = True
+        series = self._of_metrics()
+        if outcome in ("revoked", "expired"):  # it never ran
+            series.revoked[outcome].inc()
+            return
+        self._begin()  # a process can be lost before it said that it took the task
+        if outcome == "terminated":
+            series.revoked[outcome].inc()
+        else:
+            getattr(series, outcome).inc()
+        if self._runtime is None:
+            self._runtime = monotonic() - self._accepted_at if self._accepted_at else 0.0
+        series.duration.observe(self._runtime)
+        if self.pulse.tasks_hold_the_loop:
+            self.pulse.tick()
+
+
+def _outcome(error: BaseException) -> str:
+    # Only the wrapper is taken off: a Retry, too, has an attribute `exc`, the reason for the retry.
+    if isinstance(error, ExceptionWithTraceback):
+        error = error.exc
+    match error:
+        case Retry() | Reject(requeue=True):
+            return "retry"
+        case Ignore():
+            return "success"
+        case Terminated():
+            return "terminated"
+        case _:
+            return "failure"
+
+
+def _metered(celerys_own: Any) -> Any:
+    def on_success(self: MeteredRequest, result: Any, **options: Any) -> Any:
+        if isinstance(result, ExceptionInfo):  # what solo and threads report for SystemExit and its like
+            return self.on_failure(result)
+        failed, _, self._runtime = result
+        if not failed:
+            self._end("success")
+        return celerys_own(self, result, **options)  # comes to on_failure when it failed
+
+    return on_success

@@ -1,0 +1,112 @@
+"""Metering, health, HTTP server and watchdog of a Celery worker: `install` puts them onto an application."""
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from celery import Celery, signals
+from celery.worker import state
+
+from app.core.config import EX_CONFIG, Settings, get_settings
+from app.core.dsn import sqlalchemy_url
+from app.core.topology import Topology
+from app.observability.consumer import WatchedConsumer
+from app.observability.health import DatabaseProbe, Health, Pulse
+from app.observability.metering import MeteredRequest
+from app.observability.metrics import TaskMetrics
+from app.observability.server import Server
+from app.observability.systemd import notify, watchdog_seconds
+
+logger = logging.getLogger(__name__)
+
+LOOP_BOUND = 60.0
+"""Seconds the consumer's loop may stand still before the worker no longer counts as live."""
+
+_STATUS_SECONDS = 5.0
+
+
+def install(app: Celery, sheet: Callable[[], Topology], loop_bound: float = LOOP_BOUND) -> None:
+    """Let every worker of `app` be metered and watched; outside a worker nothing changes.
+
+    A worker whose address for `/health` and `/metrics` is taken ends at once with EX_CONFIG.
+
+    Args:
+        app: the Celery application.
+        sheet: called when a worker starts, for the queues whose series begin at 0.
+        loop_bound: see `LOOP_BOUND`.
+    """
+
+    @signals.celeryd_init.connect(weak=False)
+    def watch(instance: Any, conf: Any, options: dict[str, Any], **_: Any) -> None:
+        if instance.app is app:
+            _watch(app, conf, options, sheet(), loop_bound)
+
+
+def _watch(app: Celery, conf: Any, options: dict[str, Any], sheet: Topology, loop_bound: float) -> None:
+    settings = get_settings()
+    metrics = TaskMetrics(sheet)
+    metrics.begin_at_zero(_queues(options, sheet))
+    probe = DatabaseProbe(sqlalchemy_url(settings.database_url.get_secret_value()))
+    health = Health(Pulse(loop_bound), probe)
+    server = _listen(settings, health, metrics)
+
+    # In the worker's main process, before the pool exists.
+    app.Task.Request = type("Request", (MeteredRequest,), {"metrics": metrics, "pulse": health.pulse})
+    conf.worker_consumer = type("Consumer", (WatchedConsumer,), {"health": health})
+
+    server.start()
+    probe.start()
+    _keep_systemd_informed(health)
+
+
+def _queues(options: dict[str, Any], sheet: Topology) -> list[str]:
+    chosen = options.get("queues") or list(sheet.queues)
+    return chosen.split(",") if isinstance(chosen, str) else list(chosen)
+
+
+def _listen(settings: Settings, health: Health, metrics: TaskMetrics) -> Server:
+    address, port = settings.celery_metrics_addr, settings.celery_metrics_port
+    try:
+        return Server(address, port, health, metrics.registry)
+    except OSError as error:
+        print(
+            f"Can't listen on {address}:{port} for /health and /metrics: {error.strerror}. "
+            "Set CELERY_METRICS_ADDR and CELERY_METRICS_PORT to an address of this host and a free port.",
+            file=sys.stderr,
+        )
+        sys.exit(EX_CONFIG)
+
+
+def _keep_systemd_informed(health: Health) -> None:
+    main_process = os.getpid()
+
+    @signals.worker_ready.connect(weak=False)
+    def ready(**_: Any) -> None:
+        notify("READY=1", _status(health))
+
+    @signals.worker_shutting_down.connect(weak=False)
+    def stopping(**_: Any) -> None:
+        if os.getpid() == main_process:
+            health.draining = True
+            notify("STOPPING=1", _status(health))
+
+    def run() -> None:
+        asked = watchdog_seconds()
+        # Twice as often as systemd asks for, and at least as often as the status is worth looking at.
+        pause = min(asked / 2, _STATUS_SECONDS) if asked else _STATUS_SECONDS
+        while True:
+            notify(_status(health), *(["WATCHDOG=1"] if asked and health.live else []))
+            time.sleep(pause)
+
+    threading.Thread(target=run, name="systemd-notify", daemon=True).start()
+
+
+def _status(health: Health) -> str:
+    running = len(state.active_requests)
+    if health.ready:
+        return f"STATUS=consuming {', '.join(health.queues)}; {running} running"
+    return f"STATUS=broker {health.broker}, database {health.database}; {running} running"
