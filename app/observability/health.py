@@ -108,7 +108,8 @@ class DatabaseProbe:
         session = psycopg2.connect(**self._arguments, async_=True)
         try:
             _wait(session, deadline)
-            session.cursor().execute("SELECT 1")
+            cursor = session.cursor()  # psycopg2 wants it alive until the answer is there
+            cursor.execute("SELECT 1")
             _wait(session, deadline)
         finally:
             session.close()

@@ -20,7 +20,7 @@ def notify(*assignments: str) -> None:
             channel.connect(address)
             channel.send("\n".join(assignments).encode())
     except OSError as error:
-        logger.warning("systemd can't be notified of %s: %s", " ".join(assignments), error.strerror)
+        logger.warning("systemd can't be notified of %s: %s", " ".join(assignments), error)
 
 
 def watchdog_seconds() -> float | None:

@@ -1,0 +1,301 @@
+"""Metering, health and watchdog of real workers of every pool, on a real Postgres that goes away."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.postgres import ROOT, Cluster, free_port
+from tests.workers import Worker, environment, started
+
+APP = "tests.integration.watched_app"
+POOLS = ("prefork", "solo", "threads")
+OUTCOMES = ("started", "success", "failure", "retry")
+
+# What a job must have added: started, success, failure, retry
+EVERYWHERE = {
+    "ok": (1, 1, 0, 0),
+    "fails": (1, 0, 1, 0),
+    "retried": (3, 1, 0, 2),
+    "given_up": (3, 0, 1, 2),
+    "rejected": (1, 0, 1, 0),
+    "requeued_once": (2, 1, 0, 1),
+    "ignored": (1, 1, 0, 0),
+    "exits": (1, 0, 1, 0),
+}
+# Only processes can be interrupted or killed.
+IN_PROCESSES = {
+    "soft": (1, 0, 1, 0),
+    "soft_caught": (1, 1, 0, 0),
+    "hard": (1, 0, 1, 0),
+    "killed": (1, 0, 1, 0),
+    "killed_once": (2, 1, 1, 0),
+}
+
+
+@dataclass
+class Watched:
+    """A worker and its port."""
+
+    pool: str
+    dsn: str
+    port: int
+    folder: Path
+    worker: Worker
+
+    def get(self, path: str, method: str = "GET") -> tuple[int, str]:
+        request = Request(f"http://127.0.0.1:{self.port}{path}", method=method)
+        try:
+            with urlopen(request, timeout=2) as answer:  # noqa: S310 - our own http address
+                return answer.status, answer.read().decode()
+        except HTTPError as error:
+            return error.code, error.read().decode()
+
+    def status(self, path: str) -> int:
+        return self.get(path)[0]
+
+    def health(self) -> dict[str, Any]:
+        return json.loads(self.get("/health")[1])
+
+    def samples(self) -> dict[tuple[str, str], float]:
+        """Value by (sample, task), such as (success_total, ok); a further label's value is appended."""
+        found = {}
+        for family in text_string_to_metric_families(self.get("/metrics")[1]):
+            for sample in family.samples:
+                assert sample.labels["queue"] == "watched", sample
+                task = sample.labels["task_name"].removeprefix(f"{APP}.")
+                more = [sample.labels[label] for label in ("reason", "le") if label in sample.labels]
+                found[".".join([sample.name.removeprefix("celery_task_"), *more]), task] = sample.value
+        return found
+
+    def send(self, code: str) -> None:
+        subprocess.run(
+            [sys.executable, "-c", f"from {APP} import *\n{code}"],
+            env=_environment(self.dsn, self.folder),
+            cwd=ROOT,
+            check=True,
+            timeout=30,
+        )
+
+
+def _environment(dsn: str, folder: Path, **more: str) -> dict[str, str]:
+    return environment(dsn, WATCHED_FOLDER=str(folder), **more)
+
+
+def _wait(condition: Callable[[], Any], seconds: float) -> float:
+    """Wait until something is so; returns how long that took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"not within {seconds} s"
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+def _command(pool: str) -> list[str]:
+    options = ["--pool", pool, "--concurrency", "2", "--loglevel", "INFO"]
+    return [sys.executable, "-m", "celery", "-A", APP, "worker", *options]
+
+
+@contextmanager
+def _watched(postgres: Cluster, pool: str, name: str, folder: Path, **more: str) -> Iterator[Watched]:
+    database = postgres.copy_database("skeldir", name)
+    port = free_port()
+    env = _environment(database.dsn(), folder, CELERY_METRICS_PORT=str(port), **more)
+    with started(_command(pool), folder / "worker", env) as worker:
+        watched = Watched(pool, database.dsn(), port, folder, worker)
+        try:
+            _wait(lambda: _listens(port) or worker.process.poll() is not None, 20)
+            _wait(lambda: watched.status("/health/ready") == 200, 20)
+        except (AssertionError, OSError):
+            print(worker.stdout.read_text()[-3000:], worker.stderr.read_text()[-3000:])
+            raise
+        yield watched
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module", params=POOLS)
+def watched(
+    request: pytest.FixtureRequest, postgres: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Watched]:
+    pool = request.param
+    with _watched(postgres, pool, f"watched_{pool}", tmp_path_factory.mktemp(pool)) as watched:
+        yield watched
+
+
+def test_series_are_born_at_zero(watched: Watched) -> None:
+    samples = watched.samples()
+    assert set(samples.values()) == {0}
+    for task in EVERYWHERE | IN_PROCESSES:
+        for name in ("started_total", "success_total", "failure_total", "duration_seconds_count"):
+            assert (name, task) in samples
+    assert not [name for name, _ in samples if "created" in name]
+    bounds = {name.partition(".")[2] for name, task in samples if name.startswith("duration_seconds_bucket")}
+    assert bounds == {"0.01", "0.05", "0.1", "0.25", "0.5", "1.0", "2.0", "5.0", "10.0", "+Inf"}
+
+
+def test_every_outcome_is_counted_once(watched: Watched) -> None:
+    jobs = EVERYWHERE | (IN_PROCESSES if watched.pool == "prefork" else {})
+    named = {"killed_once", "requeued_once"}
+    code = "".join(f"{task}.delay({task!r})\n" if task in named else f"{task}.delay()\n" for task in jobs)
+    watched.send(
+        code + "ok.apply_async(expires=-10)\n"
+        "app.send_task('nobody.knows.this', queue='watched')\n"
+        "ok.apply_async(shadow='a name from a message')\n"
+    )
+    expected = Counter(
+        {
+            (f"{outcome}_total", task): number
+            for task, numbers in jobs.items()
+            for outcome, number in zip(OUTCOMES, numbers, strict=True)
+        }
+    )
+    expected["started_total", "ok"] += 1
+    expected["success_total", "ok"] += 1
+    expected["revoked_total.expired", "ok"] += 1
+
+    def differences() -> dict[Any, Any]:
+        seen = watched.samples()
+        return {key: (seen[key], number) for key, number in expected.items() if seen[key] != number}
+
+    deadline = time.monotonic() + 25
+    while differences() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert differences() == {}
+    time.sleep(0.5)  # nothing may be counted twice either
+    assert differences() == {}
+    seen = watched.samples()
+    for task in jobs:
+        ended = sum(seen[f"{outcome}_total", task] for outcome in OUTCOMES[1:])
+        assert seen["started_total", task] == ended == seen["duration_seconds_count", task]
+    assert not [task for _, task in seen if task.startswith(("nobody", "a name"))]
+    if watched.pool == "prefork":
+        assert seen["duration_seconds_bucket.0.5", "hard"] == 0
+        assert seen["duration_seconds_bucket.5.0", "hard"] == 1
+
+
+def test_health_shows_what_is_consumed(watched: Watched) -> None:
+    status, body = watched.get("/health")
+    health = json.loads(body)
+    assert (status, health["status"], health["broker"], health["database"]) == (200, "ok", "ok", "ok")
+    assert health["queues"] == ["watched"]
+    assert watched.get("/health", "HEAD") == (200, "")
+    assert watched.status("/nothing") == 404
+    assert watched.get("/health", "POST")[0] == 405
+
+
+def test_clients_that_dawdle_do_not_block_the_server(watched: Watched) -> None:
+    dawdling = [socket.create_connection(("127.0.0.1", watched.port)) for _ in range(60)]
+    try:
+        for client in dawdling[::2]:
+            client.sendall(b"GET /metr")
+        began = time.monotonic()
+        assert watched.status("/health/live") == 200
+        assert time.monotonic() - began < 1
+    finally:
+        for client in dawdling:
+            client.close()
+
+
+@pytest.mark.parametrize("outage", ["crash", "freeze"])
+def test_health_follows_the_database(watched: Watched, postgres: Cluster, outage: str) -> None:
+    try:
+        if outage == "crash":
+            postgres.stop("immediate")
+        else:
+            postgres.pause()
+        _wait(lambda: watched.status("/health") == 503, 5)
+        assert watched.health()["database"] == "unreachable"
+        assert watched.status("/health/ready") == 503
+        away = time.monotonic()
+        while time.monotonic() - away < 5:  # longer than the loop may stand still at other times
+            assert watched.status("/health/live") == 200
+            time.sleep(0.5)
+    finally:
+        if outage == "crash":
+            postgres.start()
+        else:
+            postgres.resume()
+    _wait(lambda: watched.health()["database"] == "ok", 5)
+    _wait(lambda: watched.status("/health") == 200, 20)  # kombu's own wait before it connects again
+    assert watched.status("/health/live") == 200
+    before = watched.samples()["success_total", "ok"]
+    watched.send("ok.delay()")
+    _wait(lambda: watched.samples()["success_total", "ok"] > before, 10)
+
+
+def test_a_task_may_hold_the_loop_up_to_its_limit(watched: Watched) -> None:
+    watched.send("slow.delay(6)")
+    _wait(lambda: watched.samples()["started_total", "slow"] == 1, 10)
+    while watched.samples()["success_total", "slow"] == 0:
+        assert watched.status("/health/live") == 200
+        time.sleep(0.3)
+
+
+def test_the_dsn_is_in_no_answer(watched: Watched) -> None:
+    for path in ("/health", "/health/live", "/health/ready", "/metrics", "/nothing"):
+        answer = watched.get(path)[1]
+        assert "postgresql" not in answer
+        assert "app_user" not in answer
+
+
+def test_a_frozen_loop_is_not_live_and_stops_the_watchdog(postgres: Cluster, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+        told: list[str] = []
+
+        def hear() -> list[str]:
+            new = []
+            while True:
+                try:
+                    new += systemd.recv(4096).decode().splitlines()
+                except BlockingIOError:
+                    told.extend(new)
+                    return new
+
+        more = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "1000000"}
+        with _watched(postgres, "prefork", "watched_frozen", tmp_path, **more) as watched:
+            _wait(lambda: hear() is not None and "READY=1" in told, 5)
+            _wait(lambda: "WATCHDOG=1" in hear(), 5)
+            watched.send("freeze.delay()")
+            _wait(lambda: watched.status("/health/live") == 503, 10)
+            assert watched.health()["broker"] == "stalled"
+            time.sleep(0.6)
+            hear()
+            time.sleep(1.5)
+            assert "WATCHDOG=1" not in hear()
+            _wait(lambda: watched.status("/health/live") == 200, 10)
+            _wait(lambda: "WATCHDOG=1" in hear(), 5)
+            assert "STOPPING=1" not in told
+            assert watched.worker.stop() == 0
+            hear()
+            assert "STOPPING=1" in told
+
+
+def test_a_worker_whose_port_is_taken_says_so(postgres: Cluster, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        env = _environment(postgres.dsn("app_user", "skeldir"), tmp_path, CELERY_METRICS_PORT=port)
+        done = subprocess.run(
+            _command("solo"), env=env, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        )
+    assert done.returncode == os.EX_CONFIG
+    assert port in done.stderr
+    assert len(done.stderr.splitlines()) == 1
