@@ -44,6 +44,14 @@ SHEET = Topology.model_validate(
 
 settings = get_settings()
 app = Celery("watched", broker=settings.broker_url, backend=settings.result_backend_url)
+if settings.broker_url.startswith("filesystem"):
+    messages = f"{os.environ['WATCHED_FOLDER']}/messages"
+    Path(messages).mkdir(exist_ok=True)
+    app.conf.broker_transport_options = {
+        "data_folder_in": messages,
+        "data_folder_out": messages,
+        "control_folder": f"{messages}/control",
+    }
 app.conf.update(
     task_queues=[Queue("watched", Exchange("watched-exchange", "direct"), "watched-key")],
     task_default_queue="watched",
