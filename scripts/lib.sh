@@ -5,8 +5,9 @@ LAB=${SKELDIR_LAB:-skeldir-lab}
 SUITE=${SKELDIR_LAB_SUITE:-bookworm}
 export SKELDIR_LAB=$LAB SKELDIR_LAB_SUITE=$SUITE
 STATE=$PWD/.lab
-LOGS=${SKELDIR_LOGS:-$STATE/log}
+LOGS=$STATE/log
 STARTED=$SECONDS
+mkdir -p "$LOGS"
 
 say() { printf '%s\n' "$*"; }
 fail() {
@@ -15,33 +16,31 @@ fail() {
 }
 elapsed() { printf '%d:%02d' $(((SECONDS - STARTED) / 60)) $(((SECONDS - STARTED) % 60)); }
 
-# stage TEXT COMMAND…: run a step with its output in a log; a line when it begins, one when it ends, on a terminal
-# what it is at in between, and the log's own end where it failed.
-stage() {
-  local text=$1 began=$SECONDS log pid
-  shift
-  mkdir -p "$LOGS"
-  log=$LOGS/$(printf '%s' "$text" | tr -cs 'a-zA-Z0-9' '-' | cut -c1-60).log
-  printf '[%s] %s …\n' "$(elapsed)" "$text"
-  # In the background, because bash ignores `set -e` inside a command whose status is asked for.
-  ("$@") >"$log" 2>&1 </dev/null &
-  pid=$!
-  while [ -t 1 ] && [ -d "/proc/$pid" ]; do
-    printf '\r\033[K[%s]   %s' "$(elapsed)" "$(grep -oE '^(TASK|PLAY) \[.*\]' "$log" | tail -n 1 | cut -c1-100)"
-    sleep 1
+# What is worth seeing of a long step while it runs: the plays it goes through, and a test that fails.
+headlines() {
+  local line
+  while IFS= read -r line; do
+    case "$line" in
+      'PLAY ['*) line=${line#PLAY [} && printf '[%s]   %s\n' "$(elapsed)" "${line%%]*}" ;;
+      FAILED\ *::*) printf '[%s]   %s\n' "$(elapsed)" "$line" ;;
+    esac
   done
-  [ ! -t 1 ] || printf '\r\033[K'
-  if wait "$pid"; then
+}
+
+# stage NAME TEXT COMMAND…: run a step with its output in a log; a line when it begins and when it ends, and the
+# log's own end where it failed.
+stage() {
+  local log=$LOGS/$1.log text=$2 began=$SECONDS
+  shift 2
+  printf '[%s] %s …\n' "$(elapsed)" "$text"
+  if "$@" 2>&1 </dev/null | tee "$log" | headlines; then
     printf '[%s]   done in %d s\n' "$(elapsed)" $((SECONDS - began))
   else
     printf '[%s]   FAILED after %d s; the end of %s:\n' "$(elapsed)" $((SECONDS - began)) "${log#"$PWD"/}" >&2
-    grep -vE '^\s*$' "$log" | tail -n 40 | sed 's/^/      /' >&2
+    grep -vE '^\s*$' "$log" | tail -n "${STAGE_TAIL:-40}" | sed 's/^/      /' >&2
     return 1
   fi
-  LAST_LOG=$log
 }
-
-recap() { sed -n '/^PLAY RECAP/,$p' "$LAST_LOG" | grep changed= | sed 's/^/        /'; }
 
 retry() {
   local attempt
@@ -55,126 +54,161 @@ retry() {
 
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 
-postgres_bin() { find /usr/lib/postgresql -path '*/bin/initdb' 2>/dev/null | sort -V | tail -n 1; }
+# The first Python that really runs (a pyenv shim may not) and is new enough.
+find_python() {
+  local python
+  for python in python3 /usr/bin/python3 python3.13 python3.12 python3.11; do
+    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$python"
+      return
+    fi
+  done
+  fail "no Python 3.11 or later is on this machine; Debian 12 and 13 have it as python3"
+}
 
-# prepare_machine lab|tests: Debian's packages for that, told before they are installed.
+# prepare_machine lab|tests|fast: Debian's packages for that, told before they are installed.
 prepare_machine() {
   local purpose=$1 missing=()
   case "$(uname -m)" in x86_64 | aarch64) ;; *) fail "this machine is a $(uname -m); x86_64 or aarch64 is needed" ;; esac
-  command -v python3 >/dev/null || fail "python3 is missing"
-  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    fail "python3 is $(python3 -V | cut -d' ' -f2); 3.11 or later is needed (Debian 12 and 13 have it)"
   [ "$(df --output=avail -k . | tail -n 1)" -gt 4000000 ] || fail "less than 4 GB are free here; the lab needs them"
-  python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
-  if [ "$purpose" != fast ] && ! docker info >/dev/null 2>&1; then
-    command -v dockerd >/dev/null || missing+=(docker.io iptables)
+  PYTHON=$(find_python)
+  "$PYTHON" -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+  if [ "$purpose" != fast ]; then
+    command -v dockerd >/dev/null || docker info >/dev/null 2>&1 || missing+=(docker.io iptables)
+    command -v mmdebstrap >/dev/null || missing+=(mmdebstrap)
   fi
-  [ "$purpose" = fast ] || command -v mmdebstrap >/dev/null || missing+=(mmdebstrap)
-  [ "$purpose" = lab ] || [ -n "$(postgres_bin)" ] || missing+=(postgresql)
-  if [ ${#missing[@]} = 0 ]; then
-    return 0
+  [ "$purpose" = lab ] || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
+  if [ ${#missing[@]} -gt 0 ]; then
+    command -v apt-get >/dev/null ||
+      fail "${missing[*]} is missing, and this is not a Debian machine, where apt-get would install it"
+    need_root "installing ${missing[*]}"
+    say "This machine lacks, and now gets from Debian's packages: ${missing[*]}"
+    stage packages "installing ${missing[*]}" install_packages "${missing[@]}"
+    printf '%s\n' "${missing[@]}" >>"$STATE/packages"
   fi
-  command -v apt-get >/dev/null || fail "${missing[*]} is missing, and this is not a Debian machine where apt-get could install it"
-  [ "$(id -u)" = 0 ] || command -v sudo >/dev/null || fail "${missing[*]} must be installed: run this as root, or install sudo"
-  say "This machine lacks, and gets from Debian's packages: ${missing[*]}"
-  stage "installing ${missing[*]}" install_packages "${missing[@]}"
-  mkdir -p "$STATE" && printf '%s\n' "${missing[@]}" >>"$STATE/packages"
+}
+
+need_root() {
+  [ "$(id -u)" = 0 ] || sudo -v 2>/dev/null || fail "$1 needs root: run this as root, or as a user with sudo"
 }
 
 install_packages() {
   local quiet=/etc/postgresql-common/createcluster.d/skeldir.conf
-  retry as_root apt-get -qq -o Acquire::Retries=3 update
+  as_root dpkg --configure -a # an installation that was interrupted
+  retry as_root apt-get -qq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=120 update
   # The tests make clusters of their own; Debian's default one isn't wanted on this machine.
   as_root mkdir -p "$(dirname "$quiet")"
   echo "create_main_cluster = false" | as_root tee "$quiet" >/dev/null
-  retry as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=3 install --yes --no-install-recommends "$@"
+  retry as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=120 \
+    install --yes --no-install-recommends "$@"
   as_root rm -f "$quiet"
 }
 
 # start_engine: the Docker engine that answers, or one of our own, which `./plane down` ends.
 start_engine() {
-  local wait
+  local _
   docker info >/dev/null 2>&1 && return 0
+  need_root "the Docker engine"
   if [ -d /run/systemd/system ]; then
-    as_root systemctl start docker
-  else
+    say "No Docker engine answers: starting this machine's docker.service (./plane down stops it)"
+    as_root systemctl start docker.service
+    touch "$STATE/docker.service"
+  elif ! as_root docker info >/dev/null 2>&1; then
     say "No Docker engine answers: starting one (./plane down ends it)"
-    mkdir -p "$STATE"
-    # Not a child that a Ctrl-C of this run would end, too.
-    as_root setsid dockerd --data-root "$STATE/docker" --pidfile "$STATE/dockerd.pid" >"$STATE/dockerd.log" 2>&1 </dev/null &
+    as_root setsid dockerd --data-root "$STATE/docker" --pidfile "$STATE/dockerd.pid" \
+      >"$STATE/dockerd.log" 2>&1 </dev/null &
   fi
-  for wait in $(seq 60); do
+  for _ in $(seq 60); do
     docker info >/dev/null 2>&1 && return 0
+    ! as_root docker info >/dev/null 2>&1 ||
+      fail "the Docker engine answers only root: run this as root, or join the group docker and log in again"
     sleep 0.5
   done
-  fail "the Docker engine did not answer within $((wait / 2)) seconds; see ${STATE#"$PWD"/}/dockerd.log"
+  fail "the Docker engine did not answer within 30 seconds; see .lab/dockerd.log or journalctl -u docker"
 }
 
 stop_engine() {
-  local pid wait
-  [ -s "$STATE/dockerd.pid" ] || return 0
-  pid=$(cat "$STATE/dockerd.pid")
-  as_root kill "$pid" 2>/dev/null || return 0
-  for wait in $(seq 60); do
+  local pid _
+  [ ! -e "$STATE/docker.service" ] || as_root systemctl stop docker.service docker.socket
+  pid=$(cat "$STATE/dockerd.pid" 2>/dev/null) || return 0
+  [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = dockerd ] || return 0
+  as_root kill "$pid"
+  for _ in $(seq 60); do
     [ -d "/proc/$pid" ] || return 0
     sleep 0.5
   done
-  fail "the Docker engine (process $pid) did not end within $((wait / 2)) seconds"
+  fail "the Docker engine (process $pid) did not end within 30 seconds"
 }
 
-# prepare_tools [lab]: .venv from the locked requirements, beside it the lab's base image.
+# own_lab: the lab's name may belong to another checkout.
+own_lab() {
+  local owner
+  owner=$(docker ps --all --filter "label=skeldir_lab=$LAB" --format '{{.Label "skeldir_checkout"}}' | sort -u)
+  [ -z "$owner" ] || [ "$owner" = "$PWD" ] ||
+    fail "the lab $LAB belongs to ${owner}; set SKELDIR_LAB to have one of another name beside it"
+}
+
+# remove_labs LABEL…: this checkout's lab hosts and networks with those labels.
+remove_labs() {
+  local label hosts networks mine=(--filter "label=skeldir_checkout=$PWD")
+  for label in "$@"; do mine+=(--filter "label=$label"); done
+  hosts=$(docker ps --all --quiet "${mine[@]}")
+  # shellcheck disable=SC2086 # one word an id
+  [ -z "$hosts" ] || docker rm --force --volumes $hosts >/dev/null
+  networks=$(docker network ls --quiet "${mine[@]}")
+  # shellcheck disable=SC2086 # one word an id
+  [ -z "$networks" ] || docker network rm $networks >/dev/null
+}
+
+# prepare_tools [lab]: .venv from the locked requirements; beside it the lab's base image and the release.
 prepare_tools() {
-  local image=
+  local image='' release=''
   if [ "${1:-}" = lab ]; then
-    shift
-    lab/build-image "$SUITE" >"$(mkdir -p "$LOGS" && echo "$LOGS/image-$SUITE.log")" 2>&1 &
+    setsid lab/build-image "$SUITE" >"$LOGS/image.log" 2>&1 &
     image=$!
+    # shellcheck disable=SC2064 # this id
+    trap "kill -- -$image 2>/dev/null || true" EXIT
   fi
   if [ "$(tools_stamp)" != "$(cat .venv/stamp 2>/dev/null)" ]; then
-    stage "installing the locked tools into .venv (from PyPI)" make_venv
+    stage tools "installing the locked tools into .venv (from PyPI)" make_venv
   fi
   activate
-  if [ -n "$image" ] && [ -d "/proc/$image" ]; then
-    stage "waiting for the base image of the lab hosts ($SUITE)" wait_for "$image"
+  if [ -n "$image" ]; then
+    python scripts/build_release.py >"$LOGS/release.log" 2>&1 &
+    release=$!
+    stage wait "making the lab hosts' base image ($SUITE)" wait_for "$image"
+    wait "$image" || fail "the base image can't be made: $(tail -n 1 "$LOGS/image.log")"
+    trap - EXIT
+    wait "$release" || true # site.yml builds it again and says what is wrong
   fi
-  [ -z "$image" ] || wait "$image" || {
-    tail -n 5 "$LOGS/image-$SUITE.log" >&2
-    fail "the base image of the lab hosts could not be made"
-  }
 }
 
 wait_for() { while [ -d "/proc/$1" ]; do sleep 0.2; done; }
 
-tools_stamp() { (python3 -V && cat requirements/tools.txt) | sha256sum; }
+tools_stamp() { ("$PYTHON" -V && cat requirements/tools.txt) | sha256sum; }
 
 make_venv() {
+  local pip=(.venv/bin/python -m pip --disable-pip-version-check --retries 5)
   rm -rf .venv
-  python3 -m venv .venv
-  # uv itself by its locked hash; where its index can't be reached, pip's own configuration decides.
+  "$PYTHON" -m venv .venv
+  # uv by its locked hash. Where only pip is told of the reachable index, pip goes on alone.
   awk '/^[a-z]/ { mine = /^uv==/ } mine' requirements/tools.txt >.venv/uv.txt
-  retry .venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.txt
-  VIRTUAL_ENV=$PWD/.venv retry .venv/bin/uv pip sync --quiet --require-hashes requirements/tools.txt ||
-    .venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/tools.txt
-  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+  retry timeout 300 "${pip[@]}" install --quiet --require-hashes --requirement .venv/uv.txt
+  VIRTUAL_ENV=$PWD/.venv timeout 600 .venv/bin/uv pip sync --require-hashes requirements/tools.txt ||
+    retry timeout 900 "${pip[@]}" install --quiet --require-hashes --requirement requirements/tools.txt
+  "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
   tools_stamp >.venv/stamp
 }
 
 activate() {
-  [ -x .venv/bin/ansible-playbook ] || fail "the tools are not installed yet; ./plane up or ./plane test does that"
+  [ -s .venv/stamp ] || fail "the tools are not installed yet; ./plane up or ./plane test does that"
   export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH ANSIBLE_CONFIG=$PWD/ansible.cfg
   export ANSIBLE_FORCE_COLOR=0 NO_COLOR=1 MOLECULE_COMMAND_BORDERS=false
 }
 
-remove_lab() {
-  local containers
-  containers=$(docker ps --all --quiet --filter "label=skeldir_lab=$1")
-  # shellcheck disable=SC2086 # one word an id
-  [ -z "$containers" ] || docker rm --force --volumes $containers >/dev/null
-  docker network rm "$1" >/dev/null 2>&1 || true # it may never have been made
-}
-
+# lock [--upgrade]: nothing moves without --upgrade. The files name no index, so that any mirror serves.
 lock() {
   local options=(--universal --python-version 3.11 --generate-hashes --no-header --quiet)
-  retry uv pip compile pyproject.toml "${options[@]}" --output-file requirements/app.txt
-  retry uv pip compile pyproject.toml --group tools "${options[@]}" --output-file requirements/tools.txt
+  uv pip compile pyproject.toml "${options[@]}" --output-file requirements/app.txt "$@"
+  uv pip compile pyproject.toml --group tools "${options[@]}" --output-file requirements/tools.txt "$@"
 }
