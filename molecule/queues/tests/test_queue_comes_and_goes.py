@@ -1,0 +1,134 @@
+"""A queue with one task is one entry in the sheet and its module; without them it is gone again."""
+
+import json
+from pathlib import Path
+
+import pytest
+from testinfra.host import Host
+
+from tests.lab import (
+    SHEET,
+    copy_tree,
+    http,
+    invocations,
+    python,
+    site,
+    task_state,
+    unit,
+    wait_until,
+)
+
+PORT = 9549
+TASK = "app.tasks.reports.summarise"
+ENTRY = f"""
+  reports:
+    exchange: reports
+    routing_key: reports
+    tasks: [{TASK}]
+    metrics_port: {PORT}
+    concurrency: 1
+    prefetch: 1
+    soft_time_limit: 50
+    time_limit: 60
+    delivery_limit: 3
+    retry: {{max_retries: 3, backoff: 1, backoff_max: 60}}
+"""
+MODULE = '''"""Summaries."""
+
+import time
+
+from celery import shared_task
+
+
+@shared_task
+def summarise(seconds: float = 0) -> str:
+    """Take that long."""
+    time.sleep(seconds)
+    return "summarised"
+'''
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This checkout with one queue more."""
+    copy = copy_tree(tmp_path_factory.mktemp("checkout"))
+    sheet = copy / "app/topology.yml"
+    sheet.write_text(sheet.read_text() + ENTRY)
+    (copy / "app/tasks/reports.py").write_text(MODULE)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def before(worker: Host) -> dict[str, str]:
+    """The units' InvocationIDs as deployed from this checkout."""
+    assert http(worker, PORT, "/health")[0] == 0
+    return invocations(worker)
+
+
+@pytest.fixture(scope="module")
+def added(worker: Host, tree: Path, before: dict[str, str]) -> dict[str, str]:
+    """The same once `site.yml` was run with the queue more."""
+    run = site(tree=tree)
+    assert run.status == 0, run.output[-3000:]
+    return invocations(worker)
+
+
+def test_a_unit_appears_and_no_other_restarts(
+    worker: Host, before: dict[str, str], added: dict[str, str]
+) -> None:
+    assert set(added) - set(before) == {unit("reports")}
+    assert before.items() <= added.items()
+    assert worker.service(unit("reports")).is_enabled
+
+
+def test_its_port_answers_with_its_queue(worker: Host, added: dict[str, str]) -> None:
+    status, body = http(worker, PORT, "/health")
+    assert (status, json.loads(body)["status"]) == (200, "ok")
+    assert "reports" in json.loads(body)["queues"]
+    assert f'task_name="{TASK}"' in http(worker, PORT, "/metrics")[1]
+
+
+def test_every_queue_answers(worker: Host, added: dict[str, str]) -> None:
+    answers = json.loads(worker.check_output("skeldir ping --json"))
+    assert {answer["queue"]: answer["result"] for answer in answers} == dict.fromkeys(
+        [*SHEET.queues, "reports"], "ok"
+    )
+
+
+def test_the_same_tree_again_changes_nothing(worker: Host, tree: Path, added: dict[str, str]) -> None:
+    run = site(tree=tree)
+    assert (run.status, run.changed) == (0, 0), run.recap
+    assert invocations(worker) == added
+
+
+def test_removed_it_drains_and_leaves_nothing(worker: Host, database: Host, added: dict[str, str]) -> None:
+    task_id = python(
+        worker,
+        "import json; from app.celery_app import celery_app;"
+        f"print(json.dumps(celery_app.send_task('{TASK}', kwargs={{'seconds': 45}}).id))",
+    )
+    started = "celery_task_started_total"
+    wait_until(
+        lambda: any(
+            started in line and not line.endswith(" 0.0") and TASK in line
+            for line in http(worker, PORT, "/metrics")[1].splitlines()
+        ),
+        15,
+    )
+    run = site()
+    assert run.status == 0, run.output[-3000:]
+    assert task_state(database, task_id) == "SUCCESS"
+    assert http(worker, PORT, "/health")[0] == 0
+    assert (
+        worker.run(
+            "ls -d /etc/skeldir/worker/reports* /etc/systemd/system/*/*reports* /etc/systemd/system/*reports*"
+        ).stdout
+        == ""
+    )
+    assert worker.check_output("systemctl list-units --all --plain --no-legend '*reports*'") == ""
+    assert (
+        invocations(worker).items()
+        == {key: value for key, value in added.items() if key != unit("reports")}.items()
+    )
