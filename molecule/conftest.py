@@ -1,7 +1,6 @@
 """What the tests of every scenario share."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator
 
 import pytest
 from testinfra.host import Host
@@ -38,9 +37,9 @@ def secrets() -> list[str]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put the units' last journal lines beside a test that failed."""
-    report: Any = yield
+    report = yield
     if report.failed and report.when == "call" and SCENARIO != "refusals":
         journal = lab_host("worker1").run("journalctl --no-pager --output=cat --lines=30 --unit='skeldir-*'")
         report.sections.append(("journal of the units", journal.stdout))

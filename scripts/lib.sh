@@ -5,9 +5,9 @@ LAB=${SKELDIR_LAB:-skeldir-lab}
 SUITE=${SKELDIR_LAB_SUITE:-bookworm}
 export SKELDIR_LAB=$LAB SKELDIR_LAB_SUITE=$SUITE
 STATE=$PWD/.lab
-LOGS=$STATE/log
+LOGS=${SKELDIR_LOGS:-$STATE/log}
 STARTED=$SECONDS
-mkdir -p "$LOGS"
+mkdir -p "$STATE" "$LOGS"
 
 say() { printf '%s\n' "$*"; }
 fail() {

@@ -1,101 +1,125 @@
 #!/usr/bin/env bash
 # Every test of the project, the fast ones first: ./plane test [--fast] [SCENARIO…]
 #
-# --fast leaves out what needs lab hosts; naming Molecule scenarios runs only those of them. A run that executed
-# fewer tests than scripts/expected-tests says has failed, whatever the others said.
+# --fast leaves out what needs lab hosts; naming Molecule scenarios runs of those only them. A full run that
+# executed fewer tests than scripts/expected-tests says has failed, whatever the others said. Logs, reports and
+# what was seen of the plane are left in evidence/.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+EVIDENCE=$PWD/evidence
+export SKELDIR_LOGS=$EVIDENCE/log
+# A lab of its own: one that is up stays as it is.
+SKELDIR_LAB=skeldir-test-$(cksum <<<"$PWD" | cut -c1-6)
+export SKELDIR_LAB
+rm -rf "$EVIDENCE"
 # shellcheck source=scripts/lib.sh
 . scripts/lib.sh
 
 FAST=
 [ "${1:-}" != --fast ] || { FAST=yes && shift; }
 SCENARIOS=("$@")
-EVIDENCE=$PWD/evidence
-LOGS=$EVIDENCE/log
-export SKELDIR_LOGS=$LOGS
 RESULTS=()
+COUNTING=(--any-number)
 FAILED=0
 
-# check TEXT COMMAND…: a stage whose failure is counted, so that the next ones still run.
+# check NAME TEXT COMMAND…: a stage whose failure is counted, so that the next ones still run.
 check() {
-  local text=$1 began=$SECONDS outcome=ok
-  stage "$@" || {
+  local text=$2 began=$SECONDS outcome=ok
+  STAGE_TAIL=60 stage "$@" || {
     outcome=FAILED
     FAILED=$((FAILED + 1))
   }
   RESULTS+=("$(printf '%-58s %-7s %4d s' "$text" "$outcome" $((SECONDS - began)))")
 }
 
-locks_are_current() {
-  cp -r requirements "$STATE/locks"
-  lock
-  diff -r requirements "$STATE/locks"
-  rm -r "$STATE/locks"
-}
+python_style() { ruff format --check . && ruff check .; }
 
-workflow_is_valid() {
-  check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-}
+python_types() { mypy && lint-imports; }
 
-types() { mypy && lint-imports; }
-
-shells() {
+shell_style() {
   local files
-  mapfile -t files < <(git ls-files --cached --others --exclude-standard | grep -v '\.j2$' | xargs grep -lE '^#!.*\b(ba)?sh$|^# shellcheck shell=' --)
-  shellcheck -x "${files[@]}"
+  mapfile -t files < <(git ls-files --cached --others --exclude-standard |
+    xargs grep -lE '^#!.*\b(ba)?sh$|^# shellcheck shell=' --)
+  shellcheck --external-sources "${files[@]}"
+}
+
+locks_are_current() {
+  local kept
+  kept=$(mktemp -d)
+  cp requirements/*.txt "$kept"
+  # shellcheck disable=SC2119 # nothing moves to newer versions
+  lock
+  diff -r requirements "$kept"
+  rm -r "$kept"
 }
 
 suite() { pytest --quiet --junitxml "$EVIDENCE/junit-$1.xml" "tests/$1"; }
 
-# The README's first command as a person types it: on nothing, again on what is there, and taken down.
+# The README's first command as a person types it: on bare hosts, and again on what is there.
 first_command() {
+  local began
   ./plane up
-  cp evidence/summary.txt "$EVIDENCE/first-command.txt"
-  ./plane up | tee "$STATE/again"
-  if grep -E 'changed=[1-9]' "$STATE/again"; then
+  cp "$EVIDENCE/summary.txt" "$EVIDENCE/first-command.txt"
+  began=$SECONDS
+  ./plane up >"$EVIDENCE/log/again.txt"
+  say "the second time took $((SECONDS - began)) s"
+  sed -n '/changed=/p' "$EVIDENCE/log/again.txt"
+  if grep -q 'changed=[1-9]' "$EVIDENCE/log/again.txt"; then
     fail "the second run changed something"
   fi
-  remove_lab "$LAB"
+  remove_labs "skeldir_lab=$LAB"
 }
 
-scenario() { molecule test --scenario-name "$1"; }
+no_secret_in_what_was_printed() {
+  local secrets
+  secrets=$(cat inventory/lab/secrets/*)
+  ! grep --recursive --files-with-matches --fixed-strings "$secrets" "$EVIDENCE"
+}
 
 finish() {
-  local lab
-  for lab in $(docker ps --all --format '{{.Label "skeldir_lab"}}' 2>/dev/null | sort -u); do
-    case "$lab" in skeldir-molecule-* | "$LAB") remove_lab "$lab" ;; esac
+  local scenario
+  remove_labs "skeldir_lab=$LAB"
+  for scenario in molecule/*/molecule.yml; do
+    remove_labs "skeldir_scenario=$(basename "$(dirname "$scenario")")"
   done
 }
 
-rm -rf "$EVIDENCE" && mkdir -p "$EVIDENCE" "$STATE"
-prepare_machine "$([ -n "$FAST" ] && echo fast || echo tests)"
-if [ -z "$FAST" ]; then
+prepare_machine "${FAST:+fast}${FAST:-tests}"
+if [ -n "$FAST" ]; then
+  prepare_tools
+else
   start_engine
   trap finish EXIT
+  prepare_tools lab
 fi
-prepare_tools ${FAST:-lab}
 
-check "format and lint of the Python code (ruff)" sh -c 'ruff format --check . && ruff check .'
-check "types and import order (mypy, import-linter)" types
-check "roles and playbooks (ansible-lint)" ansible-lint
-check "shell scripts (shellcheck)" shells
-check "the workflow (check-jsonschema)" workflow_is_valid
-check "locked requirements are current" locks_are_current
-check "unit tests" suite unit
-check "tests on a real Postgres with real workers" suite integration
+check ruff "format and lint of the Python code (ruff)" python_style
+check mypy "types and the order of imports (mypy, import-linter)" python_types
+check ansible-lint "roles, playbooks and YAML (ansible-lint)" ansible-lint
+check shellcheck "shell scripts (shellcheck)" shell_style
+check workflow "the workflow (check-jsonschema)" \
+  check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+check locks "the locked requirements are what pyproject.toml resolves to" locks_are_current
+check unit "unit tests" suite unit
+check integration "tests on a real Postgres, with real workers" suite integration
+
 if [ -z "$FAST" ] && [ "$FAILED" -gt 0 ]; then
-  say "Not run: the tests on lab hosts, because the ones above failed."
+  say "Not run: the tests on lab hosts, because something above failed."
 elif [ -z "$FAST" ]; then
-  [ ${#SCENARIOS[@]} -gt 0 ] || check "the README's first command, twice" first_command
-  [ ${#SCENARIOS[@]} -gt 0 ] || mapfile -t SCENARIOS < <(cd molecule && printf '%s\n' */molecule.yml | cut -d/ -f1)
+  if [ ${#SCENARIOS[@]} = 0 ]; then
+    COUNTING=()
+    check first "the README's first command, twice" first_command
+    mapfile -t SCENARIOS < <(cd molecule && printf '%s\n' */molecule.yml | cut -d/ -f1)
+  fi
   for name in "${SCENARIOS[@]}"; do
-    check "Molecule scenario $name" scenario "$name"
+    check "molecule-$name" "Molecule scenario $name" molecule test --scenario-name "$name"
   done
+  check secrets "no secret in anything that was printed" no_secret_in_what_was_printed
 fi
 
+[ ! -f "$EVIDENCE/first-command.txt" ] || { echo && cat "$EVIDENCE/first-command.txt"; }
 echo
-printf '%s\n' "${RESULTS[@]}" "" | tee "$EVIDENCE/stages.txt"
-[ ! -f "$EVIDENCE/summary.txt" ] || cat "$EVIDENCE/summary.txt"
-say "all stages took $(elapsed)"
-python scripts/count_tests.py "$EVIDENCE" --stages-failed "$FAILED" ${FAST:+--any-number} ${1:+--any-number}
+printf '%s\n' "${RESULTS[@]}" | tee "$EVIDENCE/stages.txt"
+printf '%-66s %4d s\n\n' "all of it" $((SECONDS - STARTED)) | tee -a "$EVIDENCE/stages.txt"
+python scripts/count_tests.py "$EVIDENCE" --stages-failed "$FAILED" "${COUNTING[@]}"
