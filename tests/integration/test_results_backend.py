@@ -1,6 +1,7 @@
 """The result backend against a real Postgres, beside Celery's own on the same tables."""
 
 import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -280,6 +281,18 @@ class TestWaiting:
             assert timeout <= time.monotonic() - start < timeout + 0.4
 
 
+def exit_status(child, seconds=5):
+    """Of a child process; one that hangs is killed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
 class TestOneConnection:
     @pytest.fixture
     def sessions(self, query, dsn):
@@ -323,7 +336,7 @@ class TestOneConnection:
         assert AsyncResult(task_id, app=app).get(timeout=5) == 2
         assert len(sessions.pids()) == 2
         os.close(held)
-        assert os.waitpid(child, 0)[1] == 0
+        assert exit_status(child) == 0
         app.backend.store_result("after the fork", 3, "SUCCESS")
         assert parents in sessions.pids()
 
@@ -348,7 +361,7 @@ class TestOneConnection:
                         os._exit(0)
                     finally:
                         os._exit(1)
-                assert os.waitpid(child, 0)[1] == 0
+                assert exit_status(child) == 0
         finally:
             stop.set()
             writer.join()
@@ -428,7 +441,7 @@ class TestWriting:
             time.sleep(0.3)
         finally:
             postgres.start()
-        with pytest.raises(ValueError, match="^$"):
+        with pytest.raises(ValueError, match=r"^$"):
             AsyncResult(task_id, app=app).get(timeout=10)
 
     def test_text_that_postgres_refuses(self, backend):
