@@ -3,17 +3,16 @@
 What the stock transport still had to deliver (`visible`) stays due, with its priority and its ETA; what it had
 delivered already, and never deletes, is removed. The way back turns what is held into waiting messages again.
 
-Three choices that the statements below don't say:
+Two choices that the statements below don't say:
 
 - The stock indexes go: each message would pay for them three times, and none of them finds the next message.
-- `kombu_message.id` becomes a bigint, because 2^31 messages are a month's work at 1,000 a second.
 - The foreign key goes: its check locks the queue's row once a message, and publishing looks the queue up anyway.
 """
 
 from alembic import op
 
 revision = "broker"
-down_revision = "foundation"
+down_revision = "celery_0001"
 branch_labels = None
 depends_on = None
 
@@ -27,14 +26,11 @@ ALTER TABLE kombu_message DROP CONSTRAINT "FK_kombu_message_queue";
 DELETE FROM kombu_message WHERE visible IS NOT TRUE OR queue_id IS NULL;
 
 ALTER TABLE kombu_queue
-    ALTER COLUMN id SET DEFAULT nextval('queue_id_sequence'),
     ADD COLUMN holder integer,
     ADD COLUMN message_ttl interval;
 COMMENT ON COLUMN kombu_queue.holder IS 'the holder this queue lives and dies with; null for a durable queue';
 
 ALTER TABLE kombu_message
-    ALTER COLUMN id TYPE bigint,
-    ALTER COLUMN id SET DEFAULT nextval('message_id_sequence'),
     ALTER COLUMN visible SET DEFAULT true,
     ALTER COLUMN version SET DEFAULT 1,
     ALTER COLUMN "timestamp" SET DEFAULT (clock_timestamp() AT TIME ZONE 'UTC'),
@@ -52,12 +48,6 @@ COMMENT ON COLUMN kombu_message.holder IS 'who has it, a row of kombu_holder';
 COMMENT ON COLUMN kombu_message.delivery IS 'number of its last delivery; with holder the fence of an acknowledgement';
 COMMENT ON COLUMN kombu_message.returned IS 'deliveries that ended with the holder''s death or a requeue';
 COMMENT ON COLUMN kombu_message.dead IS 'why it will not be delivered again (nobody took it over)';
-
--- Autovacuum follows a hot table at once, and by number of rows: a queue's size says nothing about its traffic.
-ALTER TABLE kombu_message SET (
-    autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 2000,
-    autovacuum_analyze_scale_factor = 0.05, autovacuum_analyze_threshold = 2000,
-    autovacuum_vacuum_insert_scale_factor = 0.1, autovacuum_vacuum_cost_delay = 0);
 
 -- (id + 0), so that the planner can't take the primary key's order for this one and filter its way through.
 CREATE INDEX kombu_message_ready ON kombu_message (queue_id, priority DESC, (id + 0))
@@ -78,7 +68,7 @@ COMMENT ON COLUMN kombu_holder.beat_at IS 'last sign of life where a pooler take
 CREATE TABLE kombu_binding (
     exchange text NOT NULL,
     routing_key text NOT NULL,
-    queue_id integer NOT NULL REFERENCES kombu_queue ON DELETE CASCADE,
+    queue_id bigint NOT NULL REFERENCES kombu_queue ON DELETE CASCADE,
     pattern text NOT NULL,
     PRIMARY KEY (exchange, routing_key, queue_id)
 );
@@ -250,7 +240,7 @@ CREATE FUNCTION kombu_take(
     p_holder integer, p_acks bigint[], p_ack_deliveries integer[],
     p_queues integer[], p_low smallint[], p_high smallint[], p_from bigint[], p_limits integer[],
     p_want integer, p_sleep boolean, p_asleep boolean)
-RETURNS TABLE (id bigint, queue_id integer, priority smallint, delivery integer, returned integer, dead text, payload text)
+RETURNS TABLE (id bigint, queue_id bigint, priority smallint, delivery integer, returned integer, dead text, payload text)
 LANGUAGE plpgsql
 SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET plan_cache_mode = force_generic_plan
 AS $$
@@ -310,7 +300,7 @@ END $$;
 
 -- Take from queues whose consumers acknowledge nothing (remote control, events): by deleting.
 CREATE FUNCTION kombu_pop(p_queues integer[], p_want integer)
-RETURNS TABLE (id bigint, queue_id integer, priority smallint, delivery integer, returned integer, dead text, payload text)
+RETURNS TABLE (id bigint, queue_id bigint, priority smallint, delivery integer, returned integer, dead text, payload text)
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 BEGIN
@@ -445,13 +435,12 @@ END $$;
 """
 
 _GRANTS = """
-GRANT SELECT, INSERT, UPDATE, DELETE ON kombu_queue, kombu_message, kombu_holder, kombu_binding TO app_user, app_rw;
-GRANT USAGE ON SEQUENCE queue_id_sequence, message_id_sequence TO app_user, app_rw;
-GRANT SELECT ON kombu_queue, kombu_holder, kombu_binding TO app_ro;
--- all but the payload, which can hold personal data
-REVOKE ALL ON kombu_message FROM app_ro;
-GRANT SELECT (id, visible, "timestamp", version, queue_id, priority, due_at, expires_at, holder, delivery, returned, dead)
-    ON kombu_message TO app_ro;
+REVOKE ALL ON kombu_holder, kombu_binding FROM app_user, app_rw, app_ro;
+GRANT SELECT, INSERT, UPDATE, DELETE ON kombu_holder, kombu_binding TO app_user, app_rw;
+GRANT SELECT ON kombu_holder, kombu_binding TO app_ro;
+GRANT SELECT (holder, message_ttl) ON kombu_queue TO app_ro;
+-- never the payload
+GRANT SELECT (priority, due_at, expires_at, holder, delivery, returned, dead) ON kombu_message TO app_ro;
 """
 
 _SIGNATURES = {
@@ -487,23 +476,16 @@ DROP INDEX kombu_message_due;
 DROP INDEX kombu_message_held;
 DROP INDEX kombu_message_dead;
 ALTER TABLE kombu_message
-    RESET (
-        autovacuum_vacuum_scale_factor, autovacuum_vacuum_threshold,
-        autovacuum_analyze_scale_factor, autovacuum_analyze_threshold,
-        autovacuum_vacuum_insert_scale_factor, autovacuum_vacuum_cost_delay),
     DROP COLUMN priority, DROP COLUMN due_at, DROP COLUMN expires_at, DROP COLUMN holder,
     DROP COLUMN delivery, DROP COLUMN returned, DROP COLUMN dead,
     ALTER COLUMN "timestamp" DROP DEFAULT,
     ALTER COLUMN version DROP DEFAULT,
-    ALTER COLUMN visible DROP DEFAULT,
-    ALTER COLUMN id DROP DEFAULT,
-    ALTER COLUMN id TYPE integer;
-ALTER TABLE kombu_queue ALTER COLUMN id DROP DEFAULT, DROP COLUMN holder, DROP COLUMN message_ttl;
+    ALTER COLUMN visible DROP DEFAULT;
+ALTER TABLE kombu_queue DROP COLUMN holder, DROP COLUMN message_ttl;
 ALTER TABLE kombu_message ADD CONSTRAINT "FK_kombu_message_queue" FOREIGN KEY (queue_id) REFERENCES kombu_queue;
 CREATE INDEX ix_kombu_message_visible ON kombu_message (visible);
 CREATE INDEX ix_kombu_message_timestamp ON kombu_message ("timestamp");
 CREATE INDEX ix_kombu_message_timestamp_id ON kombu_message ("timestamp", id);
-GRANT SELECT (id, visible, "timestamp", version, queue_id) ON kombu_message TO app_ro;
 """
 
 

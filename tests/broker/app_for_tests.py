@@ -1,0 +1,61 @@
+"""A Celery application on the broker alone, for workers that tests start, kill and freeze."""
+
+import os
+import time
+from pathlib import Path
+
+from celery import Celery
+from kombu import Exchange, Queue
+
+import app.broker
+
+app.broker.register(delivery_limit=int(os.environ.get("DELIVERY_LIMIT", "3")))
+celery = Celery("tests", broker=f"sqla+{os.environ['DATABASE_URL']}")
+celery.conf.update(
+    task_queues=[Queue("jobs", Exchange("jobs", "direct"), "jobs")],
+    task_default_queue="jobs",
+    task_acks_late=True,
+    task_reject_on_worker_lost=True,
+    task_ignore_result=True,
+    worker_prefetch_multiplier=int(os.environ.get("PREFETCH", "4")),
+    broker_connection_retry_on_startup=True,
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+    task_publish_retry_policy={"max_retries": 50, "interval_start": 0, "interval_step": 0.2, "interval_max": 1},
+)
+LEDGER = Path(os.environ["LEDGER"])
+
+
+def note(line: str) -> None:
+    """One line in the ledger, whole whoever else writes or is killed."""
+    file = os.open(LEDGER, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, f"{line} {time.time():.6f}\n".encode())
+    os.close(file)
+
+
+@celery.task
+def job(name: str, seconds: float = 0.0) -> None:
+    """Note that it began and that it ended."""
+    note(f"began {name}")
+    time.sleep(seconds)
+    note(f"ended {name}")
+
+
+@celery.task(bind=True, max_retries=1)
+def retrying(self, name: str) -> None:  # type: ignore[no-untyped-def]
+    """Retry once, a second later."""
+    if not self.request.retries:
+        raise self.retry(countdown=0.5)
+    note(f"ended {name}")
+
+
+@celery.task
+def parent(name: str) -> None:
+    """Publish a job from inside a job."""
+    job.delay(name)
+
+
+@celery.task(bind=True)
+def poison(self) -> None:  # type: ignore[no-untyped-def]
+    """End the process it runs in."""
+    note(f"began poison {self.request.get('x-delivery-count')}")
+    os.kill(os.getpid(), 9)
