@@ -1,12 +1,14 @@
 """Give kombu's two tables what the broker needs, and take over the rows of the stock transport.
 
-What the stock transport still had to deliver (`visible`) stays due, with its priority and its ETA; what it had
-delivered already, and never deletes, is removed. The way back turns what is held into waiting messages again.
+What the stock transport still had to deliver (`visible`) stays due, with its priority and its ETA; what it
+had delivered already, and never deletes, is removed. The way back turns what is held into waiting messages
+again.
 
 Two choices that the statements below don't say:
 
 - The stock indexes go: each message would pay for them three times, and none of them finds the next message.
-- The foreign key goes: its check locks the queue's row once a message, and publishing looks the queue up anyway.
+- The foreign key goes: its check locks the queue's row once a message, and publishing looks the queue up
+anyway.
 """
 
 from alembic import op
@@ -16,7 +18,8 @@ down_revision = "celery_0001"
 branch_labels = None
 depends_on = None
 
-# Advisory locks (two-key form): 1802331489 = somebody sleeps until a queue gets a message, 1802331490 = a holder lives.
+# Advisory locks (two-key form): 1802331489 = somebody sleeps until a queue gets a message, 1802331490 = a
+# holder lives.
 _TABLES = """
 DROP INDEX ix_kombu_message_visible;
 DROP INDEX ix_kombu_message_timestamp;
@@ -45,7 +48,7 @@ COMMENT ON COLUMN kombu_message.visible IS 'waiting: neither held by a worker no
 COMMENT ON COLUMN kombu_message.priority IS '0 to 9, 9 is delivered first';
 COMMENT ON COLUMN kombu_message.due_at IS 'not delivered before; emptied when it is due';
 COMMENT ON COLUMN kombu_message.holder IS 'who has it, a row of kombu_holder';
-COMMENT ON COLUMN kombu_message.delivery IS 'number of its last delivery; with holder the fence of an acknowledgement';
+COMMENT ON COLUMN kombu_message.delivery IS 'number of its last delivery; with holder the fence of an ack';
 COMMENT ON COLUMN kombu_message.returned IS 'deliveries that ended with the holder''s death or a requeue';
 COMMENT ON COLUMN kombu_message.dead IS 'why it will not be delivered again (nobody took it over)';
 
@@ -62,8 +65,8 @@ CREATE TABLE kombu_holder (
     joined_at timestamptz NOT NULL DEFAULT now(),
     beat_at timestamptz
 );
-COMMENT ON TABLE kombu_holder IS 'a process that holds messages; it lives as long as a session has its advisory lock';
-COMMENT ON COLUMN kombu_holder.beat_at IS 'last sign of life where a pooler takes session locks away, else null';
+COMMENT ON TABLE kombu_holder IS 'a process that holds messages; alive while a session has its advisory lock';
+COMMENT ON COLUMN kombu_holder.beat_at IS 'last sign of life behind a pooler without locks, else null';
 
 CREATE TABLE kombu_binding (
     exchange text NOT NULL,
@@ -73,11 +76,14 @@ CREATE TABLE kombu_binding (
     PRIMARY KEY (exchange, routing_key, queue_id)
 );
 CREATE INDEX kombu_binding_queue ON kombu_binding (queue_id);
-COMMENT ON TABLE kombu_binding IS 'who gets a copy: of every binding but that of a durable queue to a direct exchange, which publishers know';
-COMMENT ON COLUMN kombu_binding.pattern IS 'regular expression for the routing keys of a topic exchange, with a dot before each word';
+COMMENT ON TABLE kombu_binding IS
+    'bindings, but those of durable queues to direct exchanges: publishers know these';
+COMMENT ON COLUMN kombu_binding.pattern IS
+    'regular expression for the routing keys of a topic exchange, a dot before each word';
 """
 
-# Rows of the stock transport carry priority and ETA in their payload only. One that can't be read stays as it is.
+# Rows of the stock transport carry priority and ETA in their payload only. One that can't be read stays as it
+# is.
 _TAKE_OVER = """
 DO $$
 DECLARE
@@ -91,7 +97,8 @@ BEGIN
                 OR coalesce(content #>> '{properties,priority}', '0') <> '0' THEN
                 UPDATE kombu_message SET
                     due_at = (content #>> '{headers,eta}')::timestamptz,
-                    priority = least(greatest(coalesce((content #>> '{properties,priority}')::integer, 0), 0), 9)
+                    priority = least(greatest(coalesce((content #>> '{properties,priority}')::integer, 0), 0),
+                    9)
                 WHERE id = message.id;
             END IF;
         EXCEPTION WHEN data_exception THEN
@@ -103,7 +110,8 @@ END $$;
 
 _FUNCTIONS = """
 -- Store a message; in the caller's transaction. no_data_found when there is no such queue.
-CREATE FUNCTION kombu_put(p_queue text, p_priority integer, p_due timestamptz, p_expires timestamptz, p_payload text)
+CREATE FUNCTION kombu_put(
+    p_queue text, p_priority integer, p_due timestamptz, p_expires timestamptz, p_payload text)
 RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
     v_queue integer;
@@ -117,8 +125,8 @@ BEGIN
     RETURN v_queue;
 END $$;
 
--- Notify who sleeps on these queues. Only after the commit of what they are to find: who falls asleep later looks
--- again first. Awake consumers cost no NOTIFY, whose commits Postgres runs one after the other.
+-- Notify who sleeps on these queues. Only after the commit of what they are to find: who falls asleep later
+-- looks again first. Awake consumers cost no NOTIFY, whose commits Postgres runs one after the other.
 CREATE FUNCTION kombu_wake(p_queues integer[]) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     v_queue integer;
@@ -134,7 +142,8 @@ END $$;
 -- Publish in a transaction of its own that waits for the disk, whatever the session's default; a transient
 -- message doesn't.
 CREATE PROCEDURE kombu_publish(
-    p_queue text, p_priority integer, p_due timestamptz, p_expires timestamptz, p_payload text, p_transient boolean)
+    p_queue text, p_priority integer, p_due timestamptz, p_expires timestamptz, p_payload text,
+    p_transient boolean)
 LANGUAGE plpgsql AS $$
 DECLARE
     v_queue integer;
@@ -184,7 +193,8 @@ BEGIN
     PERFORM kombu_wake(v_queues);
 END $$;
 
--- A copy for every queue that is bound in kombu_binding: broadcasts, events, replies. Nobody bound, nothing written.
+-- A copy for every queue that is bound in kombu_binding: broadcasts, events, replies. Nobody bound, nothing
+-- written.
 CREATE PROCEDURE kombu_broadcast(
     p_exchange text, p_type text, p_routing_key text,
     p_priority integer, p_due timestamptz, p_expires timestamptz, p_payload text, p_transient boolean)
@@ -218,31 +228,36 @@ BEGIN
 END $$;
 
 -- Acknowledge, by deleting. Holder and delivery number are the fence: what was given to another since stays.
--- (holder + 0: the index of what is held is full of dead entries of the same holder; the primary key finds it at once.)
+-- (holder + 0: the index of what is held is full of dead entries of the same holder; the primary key finds it
+-- at once.)
 CREATE FUNCTION kombu_ack(p_holder integer, p_ids bigint[], p_deliveries integer[]) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
     v_count integer;
 BEGIN
     DELETE FROM kombu_message m
-    WHERE m.id = ANY (p_ids) AND m.holder + 0 = p_holder AND m.delivery = p_deliveries[array_position(p_ids, m.id)];
+    WHERE m.id = ANY (p_ids) AND m.holder + 0 = p_holder
+        AND m.delivery = p_deliveries[array_position(p_ids, m.id)];
     GET DIAGNOSTICS v_count = ROW_COUNT;
     RETURN v_count;
 END $$;
 
 -- Acknowledge what is done and take up to p_want messages, in one transaction that doesn't wait for the disk.
 --
--- The index is searched in segments: a queue's priorities from p_low to p_high, and in them ids above p_from. A taker
--- that goes on where it stopped doesn't wade through what was deleted before and can't be vacuumed yet.
--- With p_sleep, and nothing found: says that it sleeps on these queues (a session's lock), then looks once more.
--- dead = 'poison' or 'expired': taken, but not to be run.
+-- The index is searched in segments: a queue's priorities from p_low to p_high, and in them ids above p_from.
+-- A taker that goes on where it stopped doesn't wade through what was deleted before and can't be vacuumed
+-- yet. With p_sleep, and nothing found: says that it sleeps on these queues (a session's lock), then looks
+-- once more. dead = 'poison' or 'expired': taken, but not to be run.
 CREATE FUNCTION kombu_take(
     p_holder integer, p_acks bigint[], p_ack_deliveries integer[],
     p_queues integer[], p_low smallint[], p_high smallint[], p_from bigint[], p_limits integer[],
     p_want integer, p_sleep boolean, p_asleep boolean)
-RETURNS TABLE (id bigint, queue_id bigint, priority smallint, delivery integer, returned integer, dead text, payload text)
+RETURNS TABLE (
+    id bigint, queue_id bigint, priority smallint, delivery integer, returned integer, dead text,
+    payload text)
 LANGUAGE plpgsql
-SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off
+SET plan_cache_mode = force_generic_plan
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -300,7 +315,9 @@ END $$;
 
 -- Take from queues whose consumers acknowledge nothing (remote control, events): by deleting.
 CREATE FUNCTION kombu_pop(p_queues integer[], p_want integer)
-RETURNS TABLE (id bigint, queue_id bigint, priority smallint, delivery integer, returned integer, dead text, payload text)
+RETURNS TABLE (
+    id bigint, queue_id bigint, priority smallint, delivery integer, returned integer, dead text,
+    payload text)
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 BEGIN
@@ -315,8 +332,8 @@ BEGIN
         CASE WHEN m.expires_at <= clock_timestamp() THEN 'expired' END, m.payload;
 END $$;
 
--- Give messages back, fenced like an acknowledgement. Counted: a delivery that counts towards the delivery limit.
--- 'back' in the notification: something stands before the place where takers stopped.
+-- Give messages back, fenced like an acknowledgement. Counted: a delivery that counts towards the delivery
+-- limit. 'back' in the notification: something stands before the place where takers stopped.
 CREATE FUNCTION kombu_return(p_holder integer, p_ids bigint[], p_deliveries integer[], p_counted boolean[])
 RETURNS integer LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
@@ -336,9 +353,10 @@ BEGIN
     RETURN v_count;
 END $$;
 
--- What every holder does twice a second: show life where no session lock can, make due what is due, look for the dead.
--- Returns holders without a sign of life, and the seconds until the next message is due.
-CREATE FUNCTION kombu_tick(p_holder integer, p_lease interval, OUT gone integer[], OUT next_due double precision)
+-- What every holder does twice a second: show life where no session lock can, make due what is due, look for
+-- the dead. Returns holders without a sign of life, and the seconds until the next message is due.
+CREATE FUNCTION kombu_tick(
+    p_holder integer, p_lease interval, OUT gone integer[], OUT next_due double precision)
 LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
     v_queues integer[];
@@ -382,7 +400,8 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock(1802331490, p_gone) THEN
         RETURN NULL;
     END IF;
-    PERFORM 1 FROM kombu_holder WHERE id = p_gone AND beat_at > clock_timestamp() - coalesce(p_lease, interval '20 s');
+    PERFORM 1 FROM kombu_holder
+    WHERE id = p_gone AND beat_at > clock_timestamp() - coalesce(p_lease, interval '20 s');
     IF FOUND THEN
         RETURN NULL;
     END IF;
@@ -398,10 +417,11 @@ BEGIN
     RETURN v_count;
 END $$;
 
--- After a crash of the server, which may have forgotten the last takes and acknowledgements (they don't wait for the
--- disk): say again what is done and what is held, where nobody else has taken it meanwhile.
+-- After a crash of the server, which may have forgotten the last takes and acknowledgements (they don't wait
+-- for the disk): say again what is done and what is held, where nobody else has taken it meanwhile.
 CREATE FUNCTION kombu_reassert(
-    p_holder integer, p_done bigint[], p_done_deliveries integer[], p_held bigint[], p_held_deliveries integer[])
+    p_holder integer, p_done bigint[], p_done_deliveries integer[],
+    p_held bigint[], p_held_deliveries integer[])
 RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
@@ -449,8 +469,8 @@ _SIGNATURES = {
         "kombu_wake(integer[])",
         "kombu_put_many(text[], integer[], timestamptz[], timestamptz[], text[])",
         "kombu_ack(integer, bigint[], integer[])",
-        "kombu_take(integer, bigint[], integer[], integer[], smallint[], smallint[], bigint[], integer[], integer,"
-        " boolean, boolean)",
+        "kombu_take(integer, bigint[], integer[], integer[], smallint[], smallint[], bigint[], integer[],"
+        " integer, boolean, boolean)",
         "kombu_pop(integer[], integer)",
         "kombu_return(integer, bigint[], integer[], boolean[])",
         "kombu_tick(integer, interval)",
@@ -482,7 +502,8 @@ ALTER TABLE kombu_message
     ALTER COLUMN version DROP DEFAULT,
     ALTER COLUMN visible DROP DEFAULT;
 ALTER TABLE kombu_queue DROP COLUMN holder, DROP COLUMN message_ttl;
-ALTER TABLE kombu_message ADD CONSTRAINT "FK_kombu_message_queue" FOREIGN KEY (queue_id) REFERENCES kombu_queue;
+ALTER TABLE kombu_message
+    ADD CONSTRAINT "FK_kombu_message_queue" FOREIGN KEY (queue_id) REFERENCES kombu_queue;
 CREATE INDEX ix_kombu_message_visible ON kombu_message (visible);
 CREATE INDEX ix_kombu_message_timestamp ON kombu_message ("timestamp");
 CREATE INDEX ix_kombu_message_timestamp_id ON kombu_message ("timestamp", id);

@@ -1,7 +1,7 @@
 """A kombu transport that makes Postgres a broker that loses nothing: take, hold, fence, acknowledge, wake.
 
-How it works is told where it happens: `alembic/versions` has the statements, `holder` how life and death are told
-apart, `place` how a queue stays fast, `transport` how it is fed into Celery's event loop.
+How it works is told where it happens: `alembic/versions` has the statements, `holder` how life and death are
+told apart, `place` how a queue stays fast, `transport` how it is fed into Celery's event loop.
 """
 
 from collections.abc import Mapping
@@ -22,9 +22,10 @@ def register(
 
     Args:
         delivery_limits: by queue, the deliveries after which a message that ends its worker is given up.
-        on_dead: called in the transaction that removes a message that will not be delivered again, with a cursor of
-            that transaction; whatever it raises undoes both. Without it such a message stays in its table, held for
-            nobody, with `kombu_message.dead` set.
+        on_dead: called in the transaction that removes a message that will not be delivered again, with a
+        cursor of
+            that transaction; whatever it raises undoes both. Without it such a message stays in its table,
+            held for nobody, with `kombu_message.dead` set.
         options: further transport options; `broker_transport_options` of a connection outrank all of these.
     """
     from app.broker.transport import Transport  # noqa: PLC0415 - kombu imports it by name

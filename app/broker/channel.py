@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 _UNLIMITED_BATCH = 100  # messages taken at once without a prefetch limit
 
 
-class Message(virtual.Message):
+class TakenMessage(virtual.Message):
     """A message of this transport; a class of its own so that weak references to it can be made."""
 
 
 class Channel(virtual.Channel):
     """A channel; all channels of a kombu connection share one connection to Postgres."""
 
-    Message = Message
+    Message = TakenMessage
     supports_fanout = True
     connection: "Transport"
 
@@ -42,7 +42,7 @@ class Channel(virtual.Channel):
         self._transport = connection  # survives the channel's end: late acknowledgements still find their way
         self._consumed: dict[str, _Consumer] = {}
         self._unacked: dict[str, Delivery] = {}
-        self._ready: deque[tuple[_Consumer, Message, Delivery | None]] = deque()
+        self._ready: deque[tuple[_Consumer, TakenMessage, Delivery | None]] = deque()
         self._places = Places()
         self._transient: dict[str, bool] = {}
         self.prefetch_count = 0
@@ -111,7 +111,8 @@ class Channel(virtual.Channel):
         """Text stays text, so that a person can read it in the table."""
         if isinstance(body, str):
             return body, None
-        return super().encode_body(body, encoding)
+        encoded: tuple[Any, str | None] = super().encode_body(body, encoding)
+        return encoded
 
     # Declaring
 
@@ -126,8 +127,8 @@ class Channel(virtual.Channel):
     ) -> queue_declare_ok_t:
         """Declare a queue; an exclusive or auto-deleted one lives and dies with this process.
 
-        Only a passive declaration counts the waiting messages: counting a million takes its time, and Celery declares
-        the queue at the first publishing over each connection.
+        Only a passive declaration counts the waiting messages: counting a million takes its time, and Celery
+        declares the queue at the first publishing over each connection.
 
         Raises:
             ChannelError: passive, and there is no such queue.
@@ -138,7 +139,7 @@ class Channel(virtual.Channel):
                 raise ChannelError(
                     f"NOT_FOUND - no queue {queue!r}", (50, 10), "Channel.queue_declare", "404"
                 )
-            return queue_declare_ok_t(queue, self._size(queue), 0)
+            return queue_declare_ok_t(queue, self._size(str(queue)), 0)
         queue = queue or f"amq.gen-{self._next_delivery_tag()}"
         if exclusive or auto_delete:
             ttl = (arguments or {}).get("x-message-ttl")
@@ -162,8 +163,8 @@ class Channel(virtual.Channel):
     ) -> None:
         """Bind a queue.
 
-        A durable queue's binding to a direct exchange is known to those who declare it, publishers included; others
-        are kept in the table, for publishers that don't know who listens.
+        A durable queue's binding to a direct exchange is known to those who declare it, publishers included;
+        others are kept in the table, for publishers that don't know who listens.
         """
         exchange = exchange or "amq.direct"
         exchange_type = self.typeof(exchange)
@@ -241,7 +242,12 @@ class Channel(virtual.Channel):
     # Consuming
 
     def basic_consume(
-        self, queue: str, no_ack: bool, callback: Callable[[Message], None], consumer_tag: str, **kwargs: Any
+        self,
+        queue: str,
+        no_ack: bool,
+        callback: Callable[[TakenMessage], None],
+        consumer_tag: str,
+        **kwargs: Any,
     ) -> None:
         """Deliver what is in a queue to a callback; without acknowledgements it is deleted as it is taken."""
         consumer = _Consumer(queue, self._declared(queue), no_ack, callback)
@@ -271,7 +277,7 @@ class Channel(virtual.Channel):
         """Whether there is a consumer for that queue."""
         return any(consumer.queue_id == queue_id for consumer in list(self._consumed.values()))
 
-    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Message | None:
+    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> TakenMessage | None:
         """Take one message, if there is one."""
         consumer = _Consumer(queue, self._declared(queue), no_ack, lambda message: None)
         places = Places()
@@ -304,7 +310,7 @@ class Channel(virtual.Channel):
             self._transport.wake()
 
     def dead_letter(self, delivery_tag: str, reason: str, detail: Any = None) -> None:
-        """Give a message up for good: `on_dead` gets it, with reason and detail, in the transaction that removes it."""
+        """Give a message up for good: `on_dead` gets it in the transaction that removes it."""
         delivery = self._unacked.pop(delivery_tag, None)
         if delivery is not None:
             self._transport.holder().bury(delivery, reason, detail)
@@ -351,7 +357,7 @@ class Channel(virtual.Channel):
         return self._fetch(acking, self._places, self._free, sleep=True) or more
 
     def hungry(self, urgent: bool) -> bool:
-        """Whether it is time to take: half of the window is free, or one place where something just arrived."""
+        """Whether it is time to take: half of the window is free, or one place and something arrived."""
         return not self._ready and self._free >= (1 if urgent else max(1, self.prefetch_count // 2))
 
     def came_back(self) -> None:
@@ -430,7 +436,7 @@ class Channel(virtual.Channel):
             holder.watch(delivery, message)
         self._ready.append((consumer, message, delivery))
 
-    def _message(self, row: "tuple[Any, ...]", queue: str) -> Message | None:
+    def _message(self, row: "tuple[Any, ...]", queue: str) -> TakenMessage | None:
         id_, _, _, number, returned, _, payload = row
         try:
             content = json.loads(payload)
@@ -446,14 +452,16 @@ class Channel(virtual.Channel):
                 headers["eta"] = (
                     None  # kept here until it was due; no worker is to look at its own clock again
                 )
-            return self.Message(content, channel=self)
+            return TakenMessage(content, channel=self)
         except (ValueError, TypeError, KeyError, AttributeError):
             logger.exception("message %s of queue %s can't be read", id_, queue)
             return None
 
 
 class _Consumer:
-    def __init__(self, queue: str, queue_id: int, no_ack: bool, callback: Callable[[Message], None]) -> None:
+    def __init__(
+        self, queue: str, queue_id: int, no_ack: bool, callback: Callable[[TakenMessage], None]
+    ) -> None:
         self.queue = queue
         self.queue_id = queue_id
         self.no_ack = no_ack
@@ -479,8 +487,8 @@ def _due(headers: Mapping[str, Any]) -> datetime | None:
 
 
 def _expires(headers: Mapping[str, Any], properties: Mapping[str, Any]) -> datetime | None:
-    # A job with an `expires` header goes to its worker, which revokes it and says so in the result. AMQP's expiration
-    # alone means that nobody wants to hear of it.
+    # A job with an `expires` header goes to its worker, which revokes it and says so in the result. AMQP's
+    # expiration alone means that nobody wants to hear of it.
     expiration = properties.get("expiration")
     if not expiration or headers.get("expires"):
         return None
@@ -488,7 +496,8 @@ def _expires(headers: Mapping[str, Any], properties: Mapping[str, Any]) -> datet
 
 
 def _topic_pattern(routing_key: str) -> str:
-    # '*' is one word, '#' none or more; matched against the key with a dot before it, so that each word has one
+    # '*' is one word, '#' none or more; matched against the key with a dot before it, so that each word has
+    # one
     words = {"*": r"\.[^.]+", "#": r"(\.[^.]+)*"}
     parts = [words.get(word) or r"\." + re.escape(word) for word in routing_key.split(".")]
     return f"^{''.join(parts)}$"

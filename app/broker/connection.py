@@ -1,4 +1,4 @@
-"""Connections to Postgres: how a DSN becomes one, which errors mean that it is gone, and that no child inherits it."""
+"""Connections to Postgres: how a DSN becomes one, when it counts as lost, and that no child inherits it."""
 
 import os
 import threading
@@ -19,7 +19,8 @@ class ConnectionLost(psycopg2.OperationalError):
     """The connection is gone, or leads to a server that may not write (any more)."""
 
 
-# Both ends notice within 15 s that the other one vanished without a word: 5 s of silence, then three probes 3 s apart.
+# Both ends notice within 15 s that the other one vanished without a word: 5 s of silence, then three probes 3
+# s apart.
 _VANISHED = {
     "keepalives": "1",
     "keepalives_idle": "5",
@@ -35,11 +36,11 @@ _VANISHED_AT_SERVER = (
 _LOST = (psycopg2.InterfaceError, psycopg2.errors.ReadOnlySqlTransaction)
 
 
-def connect_args(url: str) -> dict[str, str]:
+def connect_args(url: str) -> dict[str, Any]:
     """Turn a broker URL (what follows `sqla+`) into arguments of libpq.
 
-    Several hosts may be named in libpq's form (`//a:5432,b:5432/db`) or in SQLAlchemy's (`?host=a:5432&host=b:5432`);
-    then only one that accepts writes will do.
+    Several hosts may be named in libpq's form (`//a:5432,b:5432/db`) or in SQLAlchemy's
+    (`?host=a:5432&host=b:5432`); then only one that accepts writes will do.
     """
     scheme, rest = url.split("://", 1)
     plain = f"{scheme.split('+')[0]}://{rest}"
@@ -54,17 +55,17 @@ def connect_args(url: str) -> dict[str, str]:
 
 
 class Session:
-    """One connection, used by one thread of one process, opened when it is first needed and again when it was lost.
+    """One connection, used by one thread, opened when it is first needed and again when it was lost.
 
     Every statement is its own transaction (autocommit) unless `transaction` is used.
     """
 
-    def __init__(self, args: dict[str, str], role: str) -> None:
+    def __init__(self, args: dict[str, Any], role: str) -> None:
         self._args = args | {"application_name": f"broker {role} {os.getpid()}"}
         self._connection: psycopg2.extensions.connection | None = None
         self._fd = -1
         self.generation = 0
-        """Number of connections opened so far: what a session was told (LISTEN, locks) ends with its connection."""
+        """Number of connections opened so far: LISTEN and locks end with their connection."""
         _sessions.add(self)
 
     @property
@@ -83,7 +84,7 @@ class Session:
         self.close()
         try:
             with _connecting:
-                connection = psycopg2.connect(**self._args)
+                connection: psycopg2.extensions.connection = psycopg2.connect(**self._args)
                 self._connection, self._fd = connection, connection.fileno()
                 self.generation += 1
             connection.autocommit = True
@@ -163,8 +164,9 @@ class Session:
         return error
 
     def _let_go(self) -> None:
-        # In a forked child: the socket is the parent's, and so is the session behind it, which lives (and holds what
-        # the parent holds) until the last copy of the socket is closed. A word on it would confuse the parent.
+        # In a forked child: the socket is the parent's, and so is the session behind it, which lives (and
+        # holds what the parent holds) until the last copy of the socket is closed. A word on it would confuse
+        # the parent.
         if self._connection is not None:
             _inherited.append(self._connection)
             with open(os.devnull) as null:

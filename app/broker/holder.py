@@ -1,9 +1,9 @@
 """Who holds messages: one identity a process, alive as long as one of its sessions is.
 
-A holder is a row of `kombu_holder` and a session-level advisory lock on its number, shared by all sessions of the
-process. Postgres frees the lock with the last of them, so death needs no clock. A thread of its own keeps the
-identity (a job may block the main thread for hours), settles what the main thread doesn't get to, and rescues
-what dead holders held.
+A holder is a row of `kombu_holder` and a session-level advisory lock on its number, shared by all sessions of
+the process. Postgres frees the lock with the last of them, so death needs no clock. A thread of its own keeps
+the identity (a job may block the main thread for hours), settles what the main thread doesn't get to, and
+rescues what dead holders held.
 """
 
 import atexit
@@ -22,7 +22,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 import psycopg2
-from psycopg2.extensions import cursor as Cursor
+import psycopg2.extensions
 
 from app.broker.connection import ConnectionLost, Session
 
@@ -44,8 +44,9 @@ _LEASE = "20 s"  # what replaces the session's lock behind a pooler that takes i
 class DeadMessage:
     """A message that will not be delivered again, for whoever takes it over.
 
-    `payload` is what was published: JSON with body, headers and properties. `reason` is one of poison (delivered too
-    often), expired, rejected, invalid (not even JSON), or what `Channel.dead_letter` was told, with its `detail`.
+    `payload` is what was published: JSON with body, headers and properties. `reason` is one of poison
+    (delivered too often), expired, rejected, invalid (not even JSON), or what `Channel.dead_letter` was told,
+    with its `detail`.
     """
 
     id: int
@@ -59,13 +60,13 @@ class DeadMessage:
     detail: Any = None
 
 
-OnDead = Callable[[Cursor, DeadMessage], None]
+OnDead = Callable[[psycopg2.extensions.cursor, DeadMessage], None]
 
 
 class Delivery:
     """A message in this process: which delivery of it, and who would acknowledge it."""
 
-    __slots__ = ("channel", "delivery", "holder_id", "id", "message", "queue_id", "settled", "__weakref__")
+    __slots__ = ("__weakref__", "channel", "delivery", "holder_id", "id", "message", "queue_id", "settled")
 
     def __init__(self, holder_id: int, id_: int, delivery: int, queue_id: int, channel: "Consuming") -> None:
         self.holder_id = holder_id
@@ -134,7 +135,7 @@ class Holder:
         atexit.register(self.leave)
 
     def join(self, session: Session) -> int:
-        """Let a session share the identity: what it takes can't be rescued while it lives. Returns the identity."""
+        """Let a session share the identity, whose number is returned: while it lives nothing is rescued."""
         holder_id = self.id
         if self.pooled:
             return holder_id
@@ -277,8 +278,9 @@ class Holder:
             self.pooled = _takes_locks_away(self._session)
             if self.pooled:
                 logger.warning(
-                    "a pooler in transaction mode stands between this worker and Postgres: no wake-up by NOTIFY"
-                    " (queues are polled) and no liveness by session (a killed worker's messages wait %s);"
+                    "a pooler in transaction mode stands between this worker and Postgres: no wake-up by"
+                    " NOTIFY (queues are polled) and no liveness by session (a killed worker's messages wait"
+                    " %s);"
                     " connect directly, or through a pool in session mode, to have both",
                     _LEASE,
                 )
@@ -405,7 +407,8 @@ class Holder:
         fence = (delivery.id, self.id, delivery.delivery)
         if self._on_dead is None and reason != "expired":
             self._session.run(
-                "UPDATE kombu_message SET holder = NULL, dead = %s WHERE id = %s AND holder = %s AND delivery = %s",
+                "UPDATE kombu_message SET holder = NULL, dead = %s"
+                " WHERE id = %s AND holder = %s AND delivery = %s",
                 (reason, *fence),
             )
             return
@@ -413,12 +416,13 @@ class Holder:
             cursor.execute(
                 "DELETE FROM kombu_message m USING kombu_queue q"
                 " WHERE m.id = %s AND m.holder = %s AND m.delivery = %s AND q.id = m.queue_id"
-                " RETURNING m.id, q.name, m.payload, m.priority, m.timestamp AT TIME ZONE 'UTC', m.delivery, m.returned",
+                " RETURNING m.id, q.name, m.payload, m.priority, m.timestamp AT TIME ZONE 'UTC',"
+                " m.delivery, m.returned",
                 fence,
             )
             row = cursor.fetchone()
             if row is not None and self._on_dead is not None:
-                self._on_dead(cursor, DeadMessage(*row, reason=reason, detail=detail))
+                self._on_dead(cursor, DeadMessage(*(*row, reason, detail)))
 
     def _leave(self) -> None:
         self._connect()

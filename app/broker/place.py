@@ -1,9 +1,9 @@
 """Where a taker goes on in a queue's index.
 
-What was taken leaves dead entries at the index's front until it is vacuumed, and while some session holds back the
-xmin horizon (a backup, a long report) it can't be vacuumed: a taker that starts at the front wades through all of them
-each time. So it goes on where it was a moment ago, and starts at the front only now and then, or when it is told that
-something came back (a requeue, a rescue, an ETA that is due).
+What was taken leaves dead entries at the index's front until it is vacuumed, and while some session holds
+back the xmin horizon (a backup, a long report) it can't be vacuumed: a taker that starts at the front wades
+through all of them each time. So it goes on where it was a moment ago, and starts at the front only now and
+then, or when it is told that something came back (a requeue, a rescue, an ETA that is due).
 """
 
 import time

@@ -78,9 +78,9 @@ def _publishing_into(target: Sink) -> Iterator[None]:
 def in_transaction(session: Session) -> Iterator[None]:
     """Publish what is published in this block in the transaction of `session`.
 
-    The messages exist exactly if the caller commits. Everything that publishes through this transport is meant:
-    `task.delay()`, `apply_async` with its routing, ETA, priority and headers, chains, groups. Messages to fanout and
-    topic exchanges are not: nobody waits for those.
+    The messages exist exactly if the caller commits. Everything that publishes through this transport is
+    meant: `task.delay()`, `apply_async` with its routing, ETA, priority and headers, chains, groups. Messages
+    to fanout and topic exchanges are not: nobody waits for those.
 
     Example:
         >>> with in_transaction(session):
@@ -97,7 +97,7 @@ def in_transaction(session: Session) -> Iterator[None]:
 
 @contextmanager
 def batch() -> Iterator[None]:
-    """Publish what is published in this block at its end, in order and in one transaction: all or, on an error, none.
+    """Publish what is published in this block at its end, in order and in one transaction.
 
     Many times faster than one by one, because the disk is waited for once.
 

@@ -7,10 +7,10 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 import psycopg2
-from amqp.exceptions import RecoverableConnectionError
 from kombu.transport import virtual
 
 from app.broker.channel import Channel
@@ -39,19 +39,23 @@ class Transport(virtual.Transport):
         on_dead: what becomes of a message that will not be delivered again (see `DeadMessage`).
         polling_interval: seconds between two looks at a queue without a notification.
 
-    It mends its connection by itself: a worker's event loop sees no error when Postgres restarts, and what the worker
-    held before it holds after.
+    It mends its connection by itself: a worker's event loop sees no error when Postgres restarts, and what
+    the worker held before it holds after.
     """
 
     Channel = Channel
     can_parse_url = True
-    default_port = 5432
+    default_port = 5432  # type: ignore[assignment] # kombu's own is annotated as None
     driver_type = "postgresql"
     driver_name = "psycopg2"
     implements = virtual.Transport.implements.extend(
         asynchronous=True, exchange_type=frozenset(["direct", "topic", "fanout"]), heartbeats=False
     )
-    connection_errors = (psycopg2.OperationalError, psycopg2.InterfaceError, RecoverableConnectionError)
+    connection_errors: tuple[type[Exception], ...] = (  # type: ignore[assignment] # kombu: of one
+        *virtual.Transport.connection_errors,
+        psycopg2.OperationalError,
+        psycopg2.InterfaceError,
+    )
     recoverable_connection_errors = connection_errors
     channel_errors = virtual.Transport.channel_errors
     recoverable_channel_errors: tuple[type[Exception], ...] = ()
@@ -87,7 +91,8 @@ class Transport(virtual.Transport):
                 "the broker's tables are missing or older than this release;"
                 " run `alembic upgrade celery_foundation@head`"
             )
-        return super().establish_connection()
+        super().establish_connection()
+        return self
 
     def verify_connection(self, connection: Any) -> bool:
         """Whether the connection can be used: not a parent's, and, unless it mends itself, not lost."""
@@ -302,7 +307,7 @@ class Transport(virtual.Transport):
         self._maybe = self._urgent = True
         self._unwatch_session()
 
-    def _deliver(self) -> bool:
+    def _deliver_one(self) -> bool:
         return any(channel.deliver() for channel in self.channels)
 
     @property
@@ -332,7 +337,7 @@ class Transport(virtual.Transport):
             if self._abandoned:
                 raise ConnectionLost("the connection was closed")
             self._look()
-            if self._deliver():
+            if self._deliver_one():
                 return
             if self._busy:
                 continue
@@ -369,7 +374,7 @@ class Transport(virtual.Transport):
         if self._abandoned:
             raise ConnectionLost("the connection was closed")
         self._look()
-        self._deliver()
+        self._deliver_one()
         if self._busy:
             self.wake()
 
@@ -412,4 +417,4 @@ class Transport(virtual.Transport):
 
     def driver_version(self) -> str:
         """Version of the driver."""
-        return str(psycopg2.__version__)
+        return version("psycopg2-binary")

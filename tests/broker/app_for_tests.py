@@ -20,7 +20,12 @@ celery.conf.update(
     worker_prefetch_multiplier=int(os.environ.get("PREFETCH", "4")),
     broker_connection_retry_on_startup=True,
     worker_cancel_long_running_tasks_on_connection_loss=False,
-    task_publish_retry_policy={"max_retries": 50, "interval_start": 0, "interval_step": 0.2, "interval_max": 1},
+    task_publish_retry_policy={
+        "max_retries": 50,
+        "interval_start": 0,
+        "interval_step": 0.2,
+        "interval_max": 1,
+    },
 )
 LEDGER = Path(os.environ["LEDGER"])
 

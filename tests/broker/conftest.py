@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from kombu import Connection, Exchange, Queue
-from psycopg2.extensions import cursor as Cursor
+from psycopg2.extensions import cursor
 
 import app.broker
 from tests.postgres import ROOT, Cluster, Database
@@ -38,7 +38,7 @@ def url(database: Database) -> str:
 
 
 @pytest.fixture
-def sql(database: Database) -> Iterator[Cursor]:
+def sql(database: Database) -> Iterator[cursor]:
     session = database.connect()
     yield session.cursor()
     session.close()

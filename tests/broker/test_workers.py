@@ -6,21 +6,21 @@ import time
 from collections.abc import Callable
 
 import pytest
-from psycopg2.extensions import cursor as Cursor
+from psycopg2.extensions import cursor
 
 from tests.broker.conftest import Database, Ledger, Worker, until
 
 POOLS = [("-P", "solo"), ("-P", "prefork", "-c", "2"), ("-P", "threads", "-c", "2")]
 
 
-def held(sql: Cursor) -> int:
+def held(sql: cursor) -> int:
     sql.execute("SELECT count(*) FROM kombu_message WHERE holder IS NOT NULL")
     row = sql.fetchone()
     assert row
     return int(row[0])
 
 
-def left(sql: Cursor) -> int:
+def left(sql: cursor) -> int:
     sql.execute("SELECT count(*) FROM kombu_message WHERE dead IS NULL")
     row = sql.fetchone()
     assert row
@@ -29,7 +29,11 @@ def left(sql: Cursor) -> int:
 
 @pytest.mark.parametrize("pool", POOLS, ids=lambda pool: pool[1])
 def test_jobs_of_every_kind_are_done_once(
-    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: Cursor, pool: tuple[str, ...]
+    worker: Callable[..., Worker],
+    publish: Callable[[str], None],
+    ledger: Ledger,
+    sql: cursor,
+    pool: tuple[str, ...],
 ) -> None:
     worker(*pool).ready()
     publish(
@@ -46,10 +50,10 @@ def test_jobs_of_every_kind_are_done_once(
 
 
 def test_a_killed_workers_jobs_run_elsewhere_at_once(
-    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: Cursor
+    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: cursor
 ) -> None:
     first, _ = worker("-c", "2", PREFETCH="1").ready(), worker("-c", "2", PREFETCH="1").ready()
-    publish("for i in range(4): tasks.job.delay(f'j{i}', 3.0)")
+    publish("for i in range(4): tasks.job.delay(f'j{i}', 5.0)")
     until(lambda: len(ledger.lines()) == 4)
     assert held(sql) == 4
     first.kill()
@@ -59,7 +63,7 @@ def test_a_killed_workers_jobs_run_elsewhere_at_once(
 
 
 def test_a_job_that_kills_its_process_stops_at_the_limit(
-    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: Cursor
+    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: cursor
 ) -> None:
     worker("-c", "1", DELIVERY_LIMIT="3").ready()
     publish("tasks.poison.delay(); tasks.job.delay('innocent')")
@@ -70,7 +74,7 @@ def test_a_job_that_kills_its_process_stops_at_the_limit(
 
 
 def test_a_warm_stop_hands_back_at_once_what_was_not_started(
-    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: Cursor
+    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: cursor
 ) -> None:
     one = worker("-c", "1").ready()
     publish("for i in range(4): tasks.job.delay(f'j{i}', 4.0)")
@@ -106,7 +110,7 @@ def test_a_crash_of_the_server_costs_a_delay_and_nothing_is_done_twice(
 
 
 def test_terminated_backends_cost_nothing(
-    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: Cursor
+    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: cursor
 ) -> None:
     worker("-c", "2").ready()
     worker("-c", "2").ready()
@@ -123,7 +127,7 @@ def test_terminated_backends_cost_nothing(
 
 
 def test_who_was_given_up_for_dead_changes_nothing_when_it_wakes(
-    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: Cursor
+    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: cursor
 ) -> None:
     frozen = worker("-c", "1").ready()
     publish("tasks.job.delay('j', 1.0)")
@@ -148,7 +152,7 @@ def test_who_was_given_up_for_dead_changes_nothing_when_it_wakes(
 
 
 def test_a_replaced_child_leaves_the_connection_alone(
-    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: Cursor
+    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: cursor
 ) -> None:
     one = worker("-c", "2", "--max-tasks-per-child", "2").ready()
     publish("for i in range(30): tasks.parent.delay(f'c{i}')")
@@ -159,7 +163,7 @@ def test_a_replaced_child_leaves_the_connection_alone(
 
 
 def test_a_delayed_job_is_in_no_workers_memory(
-    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: Cursor
+    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: cursor
 ) -> None:
     worker("-c", "1").ready()
     publish("tasks.job.apply_async(['later'], countdown=3); tasks.job.delay('now')")
@@ -171,7 +175,7 @@ def test_a_delayed_job_is_in_no_workers_memory(
 
 
 def test_remote_control_answers_and_leaves_nothing_behind(
-    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: Cursor
+    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: cursor
 ) -> None:
     one = worker("-c", "1", "-E").ready()
     publish("tasks.job.delay('long', 6.0)")
@@ -183,7 +187,8 @@ def test_remote_control_answers_and_leaves_nothing_behind(
         f"assert inspect.ping() == {{'{one.name}': {{'ok': 'pong'}}}}\n"
         "seen = []\n"
         "with tasks.celery.connection() as connection:\n"
-        "    receiver = tasks.celery.events.Receiver(connection, handlers={'*': lambda e: seen.append(e['type'])})\n"
+        "    note = lambda event: seen.append(event['type'])\n"
+        "    receiver = tasks.celery.events.Receiver(connection, handlers={'*': note})\n"
         "    Thread(target=lambda: (__import__('time').sleep(1), tasks.job.delay('seen'))).start()\n"
         "    try: receiver.capture(limit=None, timeout=8, wakeup=True)\n"
         "    except OSError: pass\n"
