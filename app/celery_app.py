@@ -4,7 +4,6 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -14,10 +13,8 @@ from celery.exceptions import CPendingDeprecationWarning
 from celery.local import Proxy
 from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
-from kombu.transport.sqlalchemy.models import metadata as broker_tables
-from sqlalchemy import event
 
-from app import results
+from app import broker, results
 from app.core.config import EX_CONFIG, ConfigurationError, get_settings
 from app.core.topology import Topology, TopologyError
 from app.db import engine  # noqa: F401 - `postgresql://` means psycopg2 from here on
@@ -39,7 +36,7 @@ class _Connection(Connection):
 
     def _ensure_connection(self, *args: Any, **options: Any) -> Any:
         waits = {"interval_start": 1, "interval_step": 0.5, "interval_max": 2}
-        return super()._ensure_connection(*args, **(waits | options))  # type: ignore[no-untyped-call]
+        return super()._ensure_connection(*args, **(waits | options))
 
 
 class _Amqp(AMQP):
@@ -94,6 +91,9 @@ def _configuration() -> dict[str, Any]:
         os.environ["CELERY_RESULT_BACKEND"] = settings.result_backend_url
     return {
         "broker_url": settings.broker_url,
+        "broker_transport_options": {
+            "delivery_limits": {queue.name: queue.delivery_limit for queue in queues},
+        },
         "result_backend": settings.result_backend_url,
         # JSON alone: whoever can write a message must not be able to run code.
         "task_serializer": "json",
@@ -133,19 +133,10 @@ def _configuration() -> dict[str, Any]:
     }
 
 
-def _refuse_to_create(_metadata: Any, _connection: Any, tables: Iterable[Any], **_: Any) -> None:
-    if missing := ", ".join(table.name for table in tables):
-        raise ConfigurationError(
-            f"The database lacks {missing}: run `alembic upgrade celery_foundation@head`."
-        )
-
-
-# kombu would make its tables where they are missing. Here only migrations make tables.
-event.listen(broker_tables, "before_create", _refuse_to_create)
-
 celery_app = Celery("skeldir", amqp=_Amqp, task_cls=PolicyTask)
 # Evaluated when first needed, so that importing this module asks nothing of the environment.
 celery_app.config_from_object(Proxy(_configuration))
+broker.register()
 results.register(celery_app)
 
 

@@ -17,6 +17,7 @@ from app.broker.channel import Channel
 from app.broker.connection import ConnectionLost, Session, connect_args
 from app.broker.holder import Holder, holder_of_process
 from app.broker.place import Places
+from app.core.config import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +88,9 @@ class Transport(virtual.Transport):
     def establish_connection(self) -> "Transport":
         """Connect, or say what is missing."""
         if not self.session.run("SELECT to_regprocedure('kombu_tick(integer, interval)')")[0][0]:
-            raise RuntimeError(
-                "the broker's tables are missing or older than this release;"
-                " run `alembic upgrade celery_foundation@head`"
+            raise ConfigurationError(
+                "The database lacks the broker's tables, or they are older than this release:"
+                " run `alembic upgrade celery_foundation@head`."
             )
         super().establish_connection()
         return self
