@@ -119,7 +119,7 @@ def test_two_runs_take_turns(empty_database: Database) -> None:
     said = [run.communicate(timeout=60)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
     assert sum(text.count("Running upgrade") for text in said) == len(
-        alembic(empty_database, "heads").splitlines()
+        alembic(empty_database, "history").splitlines()
     )
 
 

@@ -185,7 +185,7 @@ def test_a_worker_survives_the_database(postgres: Cluster, database: Database, l
     with ready_worker(database.dsn(), "housekeeping", logs) as worker:
         assert _ping(database.dsn(), "--queue", "housekeeping").returncode == 0
         postgres.stop()
-        worker.wait_for(lambda line: "Connection to broker lost" in line["message"])
+        worker.wait_for(lambda line: "connection to Postgres is gone" in line["message"])
         away = _ping(database.dsn(), "--queue", "housekeeping")
         assert away.returncode == 1
         assert "Traceback" not in away.stderr
