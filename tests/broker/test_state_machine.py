@@ -1,7 +1,7 @@
 """Any order of what can happen to messages, against the real statements: nothing is lost, no fence gives way.
 
-The model is what a careful reader believes; each rule runs a statement of the broker and compares. Two variants of the
-database with one condition taken out of a statement show that the machine would notice.
+The model is what a careful reader believes; each rule runs a statement of the broker and compares.
+Variants of the database with one condition taken out of a statement show that the machine would notice.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,14 +11,22 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from psycopg2.extensions import connection
 
 from tests.postgres import Database
 
 LIMIT = 3
 TAKE = (
-    "SELECT id, delivery, dead FROM kombu_take(%s, '{}', '{}', ARRAY[%s], '{0}', '{9}', '{0}', ARRAY[%s], %s, false, false)"
+    "SELECT id, delivery, dead FROM kombu_take("
+    "%s, '{}', '{}', ARRAY[%s], '{0}', '{9}', '{0}', ARRAY[%s], %s, false, false)"
 )
 
 
@@ -39,7 +47,7 @@ class Model:
 
     messages: dict[int, Message] = field(default_factory=dict)
     deliveries: list[tuple[int, int, int]] = field(default_factory=list)
-    """Every (holder, message, delivery) that anybody was ever given: each may be named again, however late."""
+    """Every (holder, message, delivery) ever given: each may be named again, however late."""
 
     def waiting(self) -> list[int]:
         found = [i for i, m in self.messages.items() if m.holder is None and not m.gone]
@@ -66,6 +74,9 @@ def machine(connect: Callable[[], connection]) -> type[RuleBasedStateMachine]:
         def empty(self) -> None:
             self.ask("DELETE FROM kombu_message; DELETE FROM kombu_holder; DELETE FROM kombu_queue")
             self.queue = self.ask("SELECT kombu_declare('q', NULL, NULL)")[0][0]
+            for _ in range(2):
+                self.join()
+                self.publish(0)
 
         @rule(priority=st.sampled_from([0, 0, 5]))
         def publish(self, priority: int) -> None:
@@ -99,6 +110,16 @@ def machine(connect: Callable[[], connection]) -> type[RuleBasedStateMachine]:
                 assert (dead == "poison") == (message.returned >= LIMIT)
                 self.model.deliveries.append((holder, id_, delivery))
 
+        def name(self, data: st.DataObject) -> tuple[int, int, int]:
+            """A delivery to act on: half of the time one of a message that has been delivered again since."""
+            late = [
+                n for n in self.model.deliveries if self.model.messages[n[1]].holder and not self.fenced(n)
+            ]
+            late = [n for n in late if not self.model.messages[n[1]].gone]
+            return data.draw(
+                st.sampled_from(late if late and data.draw(st.booleans()) else self.model.deliveries)
+            )
+
         def fenced(self, named: tuple[int, int, int]) -> Message | None:
             message = self.model.messages[named[1]]
             is_current = not message.gone and (message.holder, message.delivery) == (named[0], named[2])
@@ -107,7 +128,7 @@ def machine(connect: Callable[[], connection]) -> type[RuleBasedStateMachine]:
         @rule(data=st.data())
         @precondition(lambda self: self.model.deliveries)
         def acknowledge(self, data: st.DataObject) -> None:
-            named = data.draw(st.sampled_from(self.model.deliveries))
+            named = self.name(data)
             count = self.ask("SELECT kombu_ack(%s, ARRAY[%s]::bigint[], ARRAY[%s])", *named)[0][0]
             message = self.fenced(named)
             assert count == (message is not None)
@@ -117,7 +138,7 @@ def machine(connect: Callable[[], connection]) -> type[RuleBasedStateMachine]:
         @rule(data=st.data(), counted=st.booleans())
         @precondition(lambda self: self.model.deliveries)
         def give_back(self, data: st.DataObject, counted: bool) -> None:
-            named = data.draw(st.sampled_from(self.model.deliveries))
+            named = self.name(data)
             statement = "SELECT kombu_return(%s, ARRAY[%s]::bigint[], ARRAY[%s], ARRAY[%s])"
             count = self.ask(statement, *named, counted)[0][0]
             message = self.fenced(named)
@@ -129,7 +150,7 @@ def machine(connect: Callable[[], connection]) -> type[RuleBasedStateMachine]:
         @rule(data=st.data())
         @precondition(lambda self: self.model.deliveries)
         def bury(self, data: st.DataObject) -> None:
-            holder, id_, delivery = named = data.draw(st.sampled_from(self.model.deliveries))
+            holder, id_, delivery = named = self.name(data)
             gone = self.ask(
                 "DELETE FROM kombu_message WHERE id = %s AND holder = %s AND delivery = %s RETURNING id",
                 *(id_, holder, delivery),
@@ -162,7 +183,9 @@ def machine(connect: Callable[[], connection]) -> type[RuleBasedStateMachine]:
             """A holder repeats what it holds and what it has done, as after a crash that forgot nothing."""
             holder = data.draw(st.sampled_from(sorted(self.sessions)))
             held = [
-                (id_, message.delivery) for id_, message in self.model.messages.items() if message.holder == holder
+                (id_, message.delivery)
+                for id_, message in self.model.messages.items()
+                if message.holder == holder
             ]
             self.ask(
                 "SELECT kombu_reassert(%s, '{}', '{}', %s::bigint[], %s::integer[])",
@@ -193,7 +216,7 @@ def run(database: Database, examples: int) -> None:
         machine(lambda: database.connect("app_user")),
         settings=settings(
             max_examples=examples,
-            stateful_step_count=30,
+            stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
             phases=(Phase.generate,),
@@ -216,7 +239,7 @@ def without(database: Database, function: str, condition: str) -> Iterator[None]
 
 
 def test_nothing_is_lost_and_no_fence_gives_way(database: Database) -> None:
-    run(database, 60)
+    run(database, 40)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +255,4 @@ def test_nothing_is_lost_and_no_fence_gives_way(database: Database) -> None:
 )
 def test_the_machine_notices_a_missing_condition(database: Database, function: str, condition: str) -> None:
     with without(database, function, condition), pytest.raises(AssertionError):
-        run(database, 60)
-
-
+        run(database, 40)

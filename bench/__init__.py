@@ -1,0 +1,1 @@
+"""Benchmarks and chaos, for users to run."""

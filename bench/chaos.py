@@ -1,0 +1,263 @@
+"""Chaos with a seed: kill, freeze and cut off real workers, crash Postgres, then read the ledger.
+
+    python -m bench.chaos --seed 7 --jobs 2000 --seconds 60 DATABASE_URL [--restart COMMAND]
+
+DATABASE_URL is an empty database migrated to `celery_foundation@head`. COMMAND crashes and starts Postgres;
+without it that kind of trouble is left out. Jobs are immediate, delayed, retried and chained; one always kills its
+process. The ledger ends with what was published, ran, was lost, ran twice; the status is 0 when nothing was lost
+and the killer stopped at its limit.
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psycopg2
+
+ROOT = Path(__file__).resolve().parent.parent
+POOLS = [("-P", "prefork", "-c", "2"), ("-P", "solo"), ("-P", "threads", "-c", "2")]
+PUBLISH = """
+import sys, tests.broker.app_for_tests as tasks
+first, last = int(sys.argv[1]), int(sys.argv[2])
+for i in range(first, last):
+    kind = i % 5
+    if kind == 0: tasks.job.apply_async([f'j{i}'], countdown=1 + i % 7)
+    elif kind == 1: tasks.retrying.delay(f'j{i}')
+    elif kind == 2: tasks.parent.delay(f'j{i}')
+    elif kind == 3: (tasks.job.si(f'j{i}', 0.02) | tasks.job.si(f'k{i}')).delay()
+    else: tasks.job.delay(f'j{i}', 0.05)
+if first == 0: tasks.poison.delay()
+"""
+
+
+class Chaos:
+    """Workers on one database, and the trouble they get into."""
+
+    def __init__(self, dsn: str, seed: int, restart: Callable[[], object] | None) -> None:
+        self.random = random.Random(seed)  # noqa: S311 - it must repeat, not surprise
+        self.dsn = dsn
+        self.restart = restart
+        self.directory = Path(tempfile.mkdtemp(prefix="chaos-"))
+        self.environment = {
+            **os.environ,
+            "DATABASE_URL": dsn,
+            "LEDGER": str(self.directory / "ledger"),
+            "PYTHONPATH": str(ROOT),
+        }
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self.frozen: list[tuple[float, list[int]]] = []
+        self.done: Counter[str] = Counter()
+        self.started = 0
+
+    def start_worker(self) -> None:
+        """One more worker, of the next kind of pool."""
+        pool = POOLS[self.started % len(POOLS)]
+        self.started += 1
+        with (self.directory / f"worker{self.started}.log").open("wb") as log:
+            command = [
+                sys.executable,
+                "-m",
+                "celery",
+                "-A",
+                "tests.broker.app_for_tests",
+                "worker",
+                "-Q",
+                "jobs",
+            ]
+            self.workers.append(
+                subprocess.Popen(
+                    [*command, "-n", f"w{self.started}@chaos", "-l", "WARNING", *pool],
+                    cwd=ROOT,
+                    env=self.environment,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            )
+
+    def publish(self, first: int, last: int) -> subprocess.Popen[bytes]:
+        """Publish jobs of all kinds in a process of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-c", PUBLISH, str(first), str(last)], cwd=ROOT, env=self.environment
+        )
+
+    def trouble(self) -> None:
+        """Something bad, drawn by the seed."""
+        kinds = [self.kill_child, self.kill_child, self.kill_main, self.kill_main, self.freeze, self.cut_off]
+        if self.restart is not None:
+            kinds.append(self.crash_postgres)
+        if self.random.random() < 0.05:
+            kinds = [self.kill_all]
+        kind = self.random.choice(kinds)
+        kind()
+        self.done[kind.__name__] += 1
+
+    def kill_child(self) -> None:
+        """SIGKILL one pool process."""
+        pids = [pid for worker in self.workers for pid in self._children(worker)]
+        if pids:
+            self._signal(self.random.choice(pids), signal.SIGKILL)
+
+    def kill_main(self) -> None:
+        """SIGKILL one worker; another takes its place."""
+        worker = self.random.choice(self.workers)
+        worker.kill()
+
+    def kill_all(self) -> None:
+        """SIGKILL every worker at once."""
+        for worker in self.workers:
+            worker.kill()
+
+    def freeze(self) -> None:
+        """SIGSTOP one worker with its children, cut its sessions; it goes on when it was given up for dead."""
+        worker = self.random.choice(self.workers)
+        pids = [worker.pid, *self._children(worker)]
+        for pid in pids:
+            self._signal(pid, signal.SIGSTOP)
+        self._terminate(f"application_name LIKE 'broker% {worker.pid}'")
+        self.frozen.append((time.monotonic() + self.random.uniform(2, 8), pids))
+
+    def cut_off(self) -> None:
+        """Terminate some backends."""
+        self._terminate(f"random() < {self.random.random():.2f}")
+
+    def crash_postgres(self) -> None:
+        """What `pg_ctl -m immediate restart` does."""
+        if self.restart is not None:
+            self.restart()
+
+    def mend(self) -> None:
+        """Replace the dead, thaw the frozen."""
+        self.workers = [worker for worker in self.workers if worker.poll() is None]
+        while len(self.workers) < len(POOLS):
+            self.start_worker()
+        due = [entry for entry in self.frozen if entry[0] <= time.monotonic()]
+        self.frozen = [entry for entry in self.frozen if entry not in due]
+        for _, pids in due:
+            for pid in pids:
+                self._signal(pid, signal.SIGCONT)
+
+    def run(self, jobs: int, seconds: float) -> bool:
+        """Publish, make trouble for so long, wait for the end; whether the ledger is right."""
+        self.mend()
+        began = time.monotonic()
+        parts = 10
+        publishers = []
+        while time.monotonic() - began < seconds:
+            if (
+                len(publishers) < parts
+                and time.monotonic() - began >= len(publishers) * seconds / parts / 1.5
+            ):
+                part = len(publishers)
+                publishers.append(self.publish(part * jobs // parts, (part + 1) * jobs // parts))
+            time.sleep(self.random.uniform(0.3, 1.5))
+            self.trouble()
+            self.mend()
+        published = [publisher.wait(120) for publisher in publishers]
+        deadline = time.monotonic() + 180
+        while self._left() and time.monotonic() < deadline:
+            self.mend()
+            time.sleep(0.5)
+        self.stop()
+        return self.report(jobs * len(publishers) // parts, published)
+
+    def report(self, jobs: int, published: list[int]) -> bool:
+        """Print the ledger."""
+        ledger = [line.split()[:-1] for line in (self.directory / "ledger").read_text().splitlines()]
+        ended = Counter(line[1] for line in ledger if line[0] == "ended")
+        wanted = [f"j{i}" for i in range(jobs)] + [f"k{i}" for i in range(jobs) if i % 5 == 3]
+        lost = [name for name in wanted if not ended[name]]
+        poison = sum(line[:2] == ["began", "poison"] for line in ledger)
+        result = {
+            "published": len(wanted),
+            "ran": sum(1 for name in wanted if ended[name]),
+            "lost": len(lost),
+            "ran twice": sum(1 for name in wanted if ended[name] > 1),
+            "deliveries of the killer": poison,
+            "publishers that failed": sum(map(bool, published)),
+            "trouble": dict(self.done),
+            "left in the table": self._left(),
+            "directory": str(self.directory),
+        }
+        print(json.dumps(result, indent=1))
+        return not lost and not any(published) and poison <= 3 + self.done.total()
+
+    def stop(self) -> None:
+        """End every worker."""
+        for _, pids in self.frozen:
+            for pid in pids:
+                self._signal(pid, signal.SIGCONT)
+        for worker in self.workers:
+            worker.terminate()
+        for worker in self.workers:
+            with suppress(subprocess.TimeoutExpired):
+                worker.wait(20)
+            worker.kill()
+
+    def _left(self) -> int:
+        while True:
+            try:
+                session = psycopg2.connect(self.dsn)
+                with session, session.cursor() as cursor:
+                    cursor.execute("SELECT count(*) FROM kombu_message WHERE dead IS NULL")
+                    row = cursor.fetchone()
+                session.close()
+                return int(row[0]) if row else 0
+            except psycopg2.OperationalError:
+                time.sleep(0.2)
+
+    def _terminate(self, which: str) -> None:
+        with suppress(psycopg2.Error):
+            session = psycopg2.connect(self.dsn)
+            session.autocommit = True
+            session.cursor().execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid() AND " + which
+            )
+            session.close()
+
+    @staticmethod
+    def _children(worker: subprocess.Popen[bytes]) -> list[int]:
+        with suppress(OSError):
+            return [
+                int(pid) for pid in Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+            ]
+        return []
+
+    @staticmethod
+    def _signal(pid: int, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def main() -> int:
+    """Read the arguments, make chaos."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dsn")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2000)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--restart", help="command that crashes Postgres and starts it again")
+    arguments = parser.parse_args()
+    restart = None
+    if arguments.restart:
+        command = shlex.split(arguments.restart)
+        restart = lambda: subprocess.run(command, check=True)  # noqa: E731 - the caller's own command
+    return 0 if Chaos(arguments.dsn, arguments.seed, restart).run(arguments.jobs, arguments.seconds) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
