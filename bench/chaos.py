@@ -3,9 +3,9 @@
     python -m bench.chaos --seed 7 --jobs 2000 --seconds 60 DATABASE_URL [--restart COMMAND]
 
 DATABASE_URL is an empty database migrated to `celery_foundation@head`. COMMAND crashes and starts Postgres;
-without it that kind of trouble is left out. Jobs are immediate, delayed, retried and chained; one always kills its
-process. The ledger ends with what was published, ran, was lost, ran twice; the status is 0 when nothing was lost
-and the killer stopped at its limit.
+without it that kind of trouble is left out. Jobs are immediate, delayed, retried and chained; one always kills
+its process. The ledger ends with what was published, ran, was lost, ran twice; the status is 0 when nothing was
+lost and the killer stopped at its limit.
 """
 
 import argparse
@@ -120,7 +120,7 @@ class Chaos:
             worker.kill()
 
     def freeze(self) -> None:
-        """SIGSTOP one worker with its children, cut its sessions; it goes on when it was given up for dead."""
+        """SIGSTOP one worker with its children, cut its sessions; it goes on when it counts as dead."""
         worker = self.random.choice(self.workers)
         pids = [worker.pid, *self._children(worker)]
         for pid in pids:
