@@ -3,9 +3,9 @@
     python -m bench.chaos --seed 7 --jobs 2000 --seconds 60 DATABASE_URL [--restart COMMAND]
 
 DATABASE_URL is an empty database migrated to `celery_foundation@head`. COMMAND crashes and starts Postgres;
-without it that kind of trouble is left out. Jobs are immediate, delayed, retried and chained; one always kills
-its process. The ledger ends with what was published, ran, was lost, ran twice; the status is 0 when nothing was
-lost and the killer stopped at its limit.
+without it that kind of trouble is left out. Jobs are immediate, delayed, retried and chained; one always
+kills its process. The ledger ends with what was published, ran, was lost, ran twice; the status is 0 when
+nothing was lost and the killer stopped at its limit.
 """
 
 import argparse
