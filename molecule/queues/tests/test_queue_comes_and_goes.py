@@ -1,6 +1,7 @@
 """A queue with one task is one entry in the sheet and its module; without them it is gone again."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.lab import (
     invocations,
     python,
     site,
+    sql,
     task_state,
     unit,
     wait_until,
@@ -28,22 +30,24 @@ ENTRY = f"""
     metrics_port: {PORT}
     concurrency: 1
     prefetch: 1
-    soft_time_limit: 50
-    time_limit: 60
+    soft_time_limit: 240
+    time_limit: 300
     delivery_limit: 3
     retry: {{max_retries: 3, backoff: 1, backoff_max: 60}}
 """
 MODULE = '''"""Summaries."""
 
-import time
-
 from celery import shared_task
+from sqlalchemy import text
+
+from app.db.session import get_session
 
 
 @shared_task
-def summarise(seconds: float = 0) -> str:
-    """Take that long."""
-    time.sleep(seconds)
+def summarise() -> str:
+    """Wait for whoever has the lock."""
+    with get_session(None) as session:
+        session.execute(text("SELECT pg_advisory_xact_lock(42)"))
     return "summarised"
 '''
 
@@ -104,31 +108,30 @@ def test_the_same_tree_again_changes_nothing(worker: Host, tree: Path, added: di
 
 
 def test_removed_it_drains_and_leaves_nothing(worker: Host, database: Host, added: dict[str, str]) -> None:
-    task_id = python(
-        worker,
-        "import json; from app.celery_app import celery_app;"
-        f"print(json.dumps(celery_app.send_task('{TASK}', kwargs={{'seconds': 45}}).id))",
-    )
-    started = "celery_task_started_total"
-    wait_until(
-        lambda: any(
-            started in line and not line.endswith(" 0.0") and TASK in line
-            for line in http(worker, PORT, "/metrics")[1].splitlines()
-        ),
-        15,
-    )
-    run = site()
-    assert run.status == 0, run.output[-3000:]
+    held = "FROM pg_locks WHERE locktype = 'advisory' AND objid = 42 AND"
+    with ThreadPoolExecutor() as pool:
+        lock = (
+            "psql --dbname=skeldir --command='SELECT pg_advisory_lock(42)' --command='SELECT pg_sleep(240)'"
+        )
+        pool.submit(database.run, f"runuser --user=postgres -- {lock}")
+        wait_until(lambda: sql(database, f"SELECT count(*) {held} granted") == "1", 10)
+        task_id = python(
+            worker,
+            "import json; from app.celery_app import celery_app;"
+            f"print(json.dumps(celery_app.send_task('{TASK}').id))",
+        )
+        wait_until(lambda: sql(database, f"SELECT count(*) {held} NOT granted") == "1", 15)
+        run = pool.submit(site)
+        state = f"systemctl show --value --property=ActiveState {unit('reports')}"
+        try:
+            wait_until(lambda: worker.check_output(state) == "deactivating", 200)
+        finally:
+            sql(database, f"SELECT pg_terminate_backend(pid) {held} granted")
+        removal = run.result()
+    assert removal.status == 0, removal.output[-3000:]
     assert task_state(database, task_id) == "SUCCESS"
     assert http(worker, PORT, "/health")[0] == 0
-    assert (
-        worker.run(
-            "ls -d /etc/skeldir/worker/reports* /etc/systemd/system/*/*reports* /etc/systemd/system/*reports*"
-        ).stdout
-        == ""
-    )
+    left = worker.run("find /etc/skeldir/worker /etc/systemd -name '*reports*'")
+    assert left.stdout == ""
     assert worker.check_output("systemctl list-units --all --plain --no-legend '*reports*'") == ""
-    assert (
-        invocations(worker).items()
-        == {key: value for key, value in added.items() if key != unit("reports")}.items()
-    )
+    assert invocations(worker) == {key: value for key, value in added.items() if key != unit("reports")}
