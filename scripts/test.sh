@@ -103,6 +103,7 @@ check workflow "the workflow (check-jsonschema)" \
 check locks "the locked requirements are what pyproject.toml resolves to" locks_are_current
 check unit "unit tests" suite unit
 check integration "tests on a real Postgres, with real workers" suite integration
+check broker "the broker: semantics, any order of events, workers killed" suite broker
 
 if [ -z "$FAST" ] && [ "$FAILED" -gt 0 ]; then
   say "Not run: the tests on lab hosts, because something above failed."
