@@ -3,10 +3,10 @@
 
 LAB=${SKELDIR_LAB:-skeldir-lab}
 SUITE=${SKELDIR_LAB_SUITE:-bookworm}
-export SKELDIR_LAB=$LAB SKELDIR_LAB_SUITE=$SUITE
 STATE=$PWD/.lab
 LOGS=${SKELDIR_LOGS:-$STATE/log}
 STARTED=$SECONDS
+export SKELDIR_LAB=$LAB SKELDIR_LAB_SUITE=$SUITE LAB STATE LOGS STARTED
 mkdir -p "$STATE" "$LOGS"
 
 say() { printf '%s\n' "$*"; }
@@ -27,13 +27,22 @@ headlines() {
   done
 }
 
+# A function runs in a shell of its own: in the condition below, bash would let it go on after a failed command.
+run() {
+  if [ "$(type -t "$1")" = function ]; then
+    bash -euo pipefail -c "$(declare -f); \"\$@\"" plane "$@"
+  else
+    "$@"
+  fi
+}
+
 # stage NAME TEXT COMMAND…: run a step with its output in a log; a line when it begins and when it ends, and the
 # log's own end where it failed.
 stage() {
   local log=$LOGS/$1.log text=$2 began=$SECONDS
   shift 2
   printf '[%s] %s …\n' "$(elapsed)" "$text"
-  if "$@" 2>&1 </dev/null | tee "$log" | headlines; then
+  if run "$@" 2>&1 </dev/null | tee "$log" | headlines; then
     printf '[%s]   done in %d s\n' "$(elapsed)" $((SECONDS - began))
   else
     printf '[%s]   FAILED after %d s; the end of %s:\n' "$(elapsed)" $((SECONDS - began)) "${log#"$PWD"/}" >&2
@@ -66,18 +75,21 @@ find_python() {
   fail "no Python 3.11 or later is on this machine; Debian 12 and 13 have it as python3"
 }
 
-# prepare_machine lab|tests|fast: Debian's packages for that, told before they are installed.
+# prepare_machine lab|tests|fast|tools: Debian's packages for that, told before they are installed.
 prepare_machine() {
   local purpose=$1 missing=()
   case "$(uname -m)" in x86_64 | aarch64) ;; *) fail "this machine is a $(uname -m); x86_64 or aarch64 is needed" ;; esac
   [ "$(df --output=avail -k . | tail -n 1)" -gt 4000000 ] || fail "less than 4 GB are free here; the lab needs them"
   PYTHON=$(find_python)
+  export PYTHON
   "$PYTHON" -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
-  if [ "$purpose" != fast ]; then
+  if [ "$purpose" = lab ] || [ "$purpose" = tests ]; then
     command -v dockerd >/dev/null || docker info >/dev/null 2>&1 || missing+=(docker.io iptables)
     command -v mmdebstrap >/dev/null || missing+=(mmdebstrap)
   fi
-  [ "$purpose" = lab ] || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
+  if [ "$purpose" = fast ] || [ "$purpose" = tests ]; then
+    compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
+  fi
   if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null ||
       fail "${missing[*]} is missing, and this is not a Debian machine, where apt-get would install it"

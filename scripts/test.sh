@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-EVIDENCE=$PWD/evidence
+export EVIDENCE=$PWD/evidence
 export SKELDIR_LOGS=$EVIDENCE/log
 # A lab of its own: one that is up stays as it is.
 SKELDIR_LAB=skeldir-test-$(cksum <<<"$PWD" | cut -c1-6)
@@ -85,10 +85,11 @@ finish() {
   done
 }
 
-prepare_machine "${FAST:+fast}${FAST:-tests}"
 if [ -n "$FAST" ]; then
+  prepare_machine fast
   prepare_tools
 else
+  prepare_machine tests
   start_engine
   trap finish EXIT
   prepare_tools lab
