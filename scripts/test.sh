@@ -39,7 +39,7 @@ python_types() { mypy && lint-imports; }
 
 shell_style() {
   local files
-  mapfile -t files < <(git ls-files --cached --others --exclude-standard |
+  mapfile -t files < <(git ls-files --cached --others --exclude-standard -- ":!*.j2" |
     xargs grep -lE '^#!.*\b(ba)?sh$|^# shellcheck shell=' --)
   shellcheck --external-sources "${files[@]}"
 }
