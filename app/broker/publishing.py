@@ -15,6 +15,9 @@ _PUT = text(
 )
 
 
+_TO_WAKE = "broker: queues to wake"
+
+
 class Publication(NamedTuple):
     """A message on its way into a queue; `payload` is JSON, times are aware."""
 
@@ -62,7 +65,19 @@ class _CallersTransaction:
 
     def put(self, publisher: Publisher, publication: Publication) -> None:
         queue_id = self._session.scalar(_PUT, publication._asdict())
-        event.listen(self._session, "after_commit", lambda _: publisher.wake([queue_id]), once=True)
+        if _TO_WAKE not in self._session.info:
+            self._session.info[_TO_WAKE] = {}
+            event.listen(self._session, "after_commit", _wake)
+        self._session.info[_TO_WAKE][queue_id] = publisher
+
+
+def _wake(session: Session) -> None:
+    if session.in_nested_transaction():
+        return  # a savepoint was released: nobody else sees yet what it holds
+    publishers = dict(session.info[_TO_WAKE])
+    session.info[_TO_WAKE].clear()
+    for publisher in list(publishers.values())[:1]:
+        publisher.wake(list(publishers))
 
 
 @contextmanager
