@@ -1,1 +1,1 @@
-"""Benchmarks and chaos, for users to run."""
+"""Benchmarks (`python -m bench`) and chaos (`python -m bench.chaos`), for users to run."""

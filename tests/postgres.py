@@ -326,9 +326,9 @@ def run_alembic(dsn: str | None, *arguments: str, cwd: Path = ROOT) -> subproces
     )
 
 
-def provisioned_cluster() -> Iterator[Cluster]:
+def provisioned_cluster(cluster: Cluster | None = None) -> Iterator[Cluster]:
     """A server with the roles, `provisioned` (grants, no tables) and `skeldir` (migrated to the heads)."""
-    cluster = Cluster()
+    cluster = cluster or Cluster()
     try:
         cluster.start()
         for step in (

@@ -1,0 +1,54 @@
+"""The benchmarks still run; only what they need no rival for, and with figures nobody should quote."""
+
+from contextlib import closing
+
+import pytest
+
+from bench import measures
+from bench.__main__ import POOLS, table
+
+
+@pytest.fixture(scope="module")
+def ours(postgres):
+    database = postgres.copy_database("skeldir", "bench")
+    url = database.dsn("app_user")
+    yield measures.Contender("ours", f"sqla+{url}", f"db+{url}", database)
+    postgres.drop_database("bench")
+
+
+def waiting(ours):
+    with closing(ours.database.connect("postgres")) as session, session.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM kombu_message")
+        return cursor.fetchone()[0]
+
+
+def test_publish_and_drain(ours):
+    assert measures.publish(ours, 20, many=True) > 0
+    assert measures.drain(ours, 40, POOLS["prefork -c 2"], with_results=True) > 0
+    with closing(ours.database.connect("postgres")) as session, session.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM celery_taskmeta WHERE status = 'SUCCESS'")
+        assert cursor.fetchone() == (40,)
+    assert waiting(ours) == 0
+
+
+def test_pickup_and_raw_channels(ours):
+    p50, p99 = measures.pickup(ours, 3)
+    assert 0 < p50 <= p99
+    assert measures.consumers(ours, 100, 2) > 0
+
+
+def test_recovery_and_idling(ours):
+    assert 0 < measures.recovery(ours, 0) < measures.TOO_LONG
+    assert measures.idle_transactions(ours, 1) >= 0
+
+
+def test_table_says_how_many_times_better():
+    samples = {
+        "drain /s": {"stock": [100.0, 200.0, 150.0], "ours": [300.0]},
+        "idle pick-up p50, ms": {"stock": [600.0], "ours": [6.0]},
+        "kill -9 to run again, s": {"stock": [float("inf")], "ours": [1.0]},
+        "idle transactions /s": {"ours": [2.0]},
+    }
+    columns = {column.header: list(column.cells) for column in table(samples, ["stock", "ours"]).columns}
+    assert columns["stock"] == ["150", "600", "never", ""]
+    assert columns["ours : stock"] == ["2.0x", "100.0x", "∞", ""]
