@@ -44,6 +44,7 @@ class Channel(virtual.Channel):
         self._unacked: dict[str, Delivery] = {}
         self._ready: deque[tuple[_Consumer, TakenMessage, Delivery | None]] = deque()
         self._places = Places()
+        self._more_to_pop = False
         self._transient: dict[str, bool] = {}
         self.prefetch_count = 0
 
@@ -349,7 +350,9 @@ class Channel(virtual.Channel):
             return True
         no_ack = [consumer for consumer in self._consumed.values() if consumer.no_ack]
         acking = [consumer for consumer in self._consumed.values() if not consumer.no_ack]
-        more = bool(no_ack) and self._pop(no_ack)
+        more = False
+        if no_ack and (urgent or self._more_to_pop):  # of these every arrival is notified
+            more = self._more_to_pop = self._pop(no_ack)
         if not acking:
             return more
         if not self.hungry(urgent):
