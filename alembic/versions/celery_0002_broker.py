@@ -7,8 +7,8 @@ again.
 Three choices that the statements below don't say:
 
 - The stock indexes go: each message would pay for them three times, and none of them finds the next message.
-- The functions set jit = off: what enable_seqscan = off can't avoid counts as so expensive that Postgres would
-  compile it, for half a second each time.
+- The functions set jit = off: what enable_seqscan = off can't avoid counts as so expensive that Postgres
+  would compile it, for half a second each time.
 - The foreign key goes: its check locks the queue's row once a message, and publishing looks the queue up
 anyway.
 """

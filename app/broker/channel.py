@@ -360,8 +360,13 @@ class Channel(virtual.Channel):
         return self._fetch(acking, self._places, self._free, sleep=True) or more
 
     def hungry(self, urgent: bool) -> bool:
-        """Whether it is time to take: half of the window is free, or one place and something arrived."""
+        """Whether to take now: half of the window is free, or one place and it is urgent."""
         return not self._ready and self._free >= (1 if urgent else max(1, self.prefetch_count // 2))
+
+    @property
+    def could_take(self) -> bool:
+        """Whether there is a free place."""
+        return not self._ready and self._free > 0 and bool(self._consumed)
 
     def came_back(self) -> None:
         """Something stands in a queue before the place where taking stopped."""
@@ -414,6 +419,9 @@ class Channel(virtual.Channel):
         holder = self._transport.holder()
         limits = {queue_id: consumer.queue for queue_id, consumer in by_queue.items()}
         rows = self._transport.take(holder, limits, places, want, sleep=sleep)
+        if 0 < len(rows) < want:
+            # The queue is empty now: say that we sleep, or nobody will tell us of the next one.
+            self._transport.hurry()
         for row in sorted(rows, key=_order):
             consumer = by_queue[row[1]]
             delivery = Delivery(holder.id, row[0], row[3], row[1], self)

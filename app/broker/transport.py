@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _POLL = 5.0  # seconds between two looks without being told; NOTIFY is what wakes
 _POLL_POOLED = 1.0  # the same behind a pooler that takes NOTIFY away
+_GATHER = 0.01  # seconds that a free place waits for others
 _TIMER = 0.5  # seconds between two looks at the clock in an event loop
 
 _TAKE = (
@@ -75,6 +76,7 @@ class Transport(virtual.Transport):
         self._subscribed: dict[int, bool] = {}
         self._abandoned = False
         self._said_lost = False
+        self._nudged = False
         self._maybe = True
         self._urgent = True
         self._next_poll = 0.0
@@ -258,6 +260,10 @@ class Transport(virtual.Transport):
             with suppress(psycopg2.Error):
                 self._holder.flush(self.session)
 
+    def hurry(self) -> None:
+        """Take next time even if it is only one message."""
+        self._urgent = True
+
     def wake(self) -> None:
         """Look for messages soon; from any thread."""
         if self._waker is not None and not self._woken:
@@ -292,7 +298,8 @@ class Transport(virtual.Transport):
                     for channel in self.channels:
                         channel.came_back()
             if self._maybe and now >= self._holder.settled_at:
-                urgent, self._urgent, self._maybe = self._urgent, False, False
+                urgent = self._urgent
+                self._urgent = self._maybe = self._nudged = False
                 for channel in self.channels:
                     self._maybe = channel.fetch(urgent) or self._maybe
         except ConnectionLost as error:
@@ -346,6 +353,8 @@ class Transport(virtual.Transport):
             if deadline is not None and now >= deadline:
                 raise TimeoutError
             wait = self._next_poll - now if self.session.connected else _TIMER
+            if self._should_nudge:
+                wait, self._urgent = min(wait, _GATHER), True
             if deadline is not None:
                 wait = min(wait, deadline - now)
             sockets = [fd for fd in (waker.fileno(), self.session.fileno()) if fd >= 0]
@@ -378,6 +387,18 @@ class Transport(virtual.Transport):
         self._deliver_one()
         if self._busy:
             self.wake()
+        elif self._should_nudge and not self._nudged:
+            self._nudged = True
+            self._loop.call_later(_GATHER, self._nudge)
+
+    def _nudge(self) -> None:
+        self._urgent = True
+        self.wake()
+
+    @property
+    def _should_nudge(self) -> bool:
+        """Whether there are free places that wait for others, to be filled together."""
+        return self._maybe and self.session.connected and any(channel.could_take for channel in self.channels)
 
     def _watch(self) -> None:
         fd = self.session.fileno()
