@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -44,7 +45,7 @@ def contenders(cluster: Cluster, rabbitmq: str | None, redis: str | None) -> Ite
     yield Contender("ours", f"sqla+{own_url}", f"db+{own_url}", own)
 
 
-def plan(short: bool) -> Iterator[tuple[str, Callable[[Contender, int], dict[str, float]]]]:
+def plan(short: bool, prefetch: int) -> Iterator[tuple[str, Callable[[Contender, int], dict[str, float]]]]:
     """The measures, each as what it is called and what takes it of a contender in a round."""
 
     def many(contender: Contender, results: bool = False) -> int:
@@ -59,7 +60,7 @@ def plan(short: bool) -> Iterator[tuple[str, Callable[[Contender, int], dict[str
 
     def drain(pool: str, results: bool) -> Callable[[Contender, int], dict[str, float]]:
         name = f"drain, {pool}{', results' if results else ''} /s"
-        return lambda c, _: {name: measures.drain(c, many(c, results), POOLS[pool], results)}
+        return lambda c, _: {name: measures.drain(c, many(c, results), POOLS[pool], results, prefetch)}
 
     def pickup(contender: Contender, _: int) -> dict[str, float]:
         p50, p99 = measures.pickup(contender, 20 if short else 100)
@@ -127,6 +128,7 @@ def _figure(value: float | None) -> str:
 
 
 def main(
+    *,
     short: Annotated[
         bool, typer.Option(help="One round of fewer jobs: a look, no figures to quote.")
     ] = False,
@@ -140,9 +142,11 @@ def main(
         list[str] | None,
         typer.Option(help="A measure: publish, drain, pickup, consumers, recovery or idle."),
     ] = None,
+    prefetch: Annotated[int, typer.Option(help="Celery's prefetch multiplier when draining.")] = 4,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write all figures.")] = None,
 ) -> None:
     """Measure stock kombu and Celery on Postgres, RabbitMQ, Redis and ours, in turns, on this machine."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended, too
     console = Console(width=None if sys.stdout.isatty() else 160)
     absent = servers.missing()
     for name, command in absent.items():
@@ -159,7 +163,7 @@ def main(
         about = machine(cluster)
         console.print(*about.values(), sep="\n")
         for number in range(rounds or (1 if short else 3)):
-            for kind, take in plan(short):
+            for kind, take in plan(short, prefetch):
                 if measure and kind not in measure:
                     continue
                 for contender in taking_part:
@@ -173,11 +177,17 @@ def main(
         table(samples, [c.name for c in sorted(taking_part, key=lambda c: list(wanted).index(c.name))])
     )
     if json_file:
-        report = {"at": datetime.now(UTC).isoformat(), "short": short, **about, "samples": samples}
+        report = {
+            "at": datetime.now(UTC).isoformat(),
+            "short": short,
+            "prefetch": prefetch,
+            **about,
+            "samples": samples,
+        }
         json_file.write_text(json.dumps(report, indent=1).replace("Infinity", '"never"') + "\n")
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False)
+    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     app.command()(main)
     app()

@@ -166,9 +166,11 @@ def publish(contender: Contender, count: int, many: bool = False) -> float:
         return rate
 
 
-def drain(contender: Contender, count: int, pool: list[str], with_results: bool = False) -> float:
-    """Jobs a second of one worker that finds them waiting."""
-    with run(contender) as r:
+def drain(
+    contender: Contender, count: int, pool: list[str], with_results: bool = False, prefetch: int = 4
+) -> float:
+    """Jobs a second of one worker that finds them waiting; `prefetch` is Celery's multiplier."""
+    with run(contender, prefetch) as r:
         r.client("publish_many", count, with_results)
         with r.worker(*pool):
             return _rate(r.started(count, seconds=30 + count / 20))
