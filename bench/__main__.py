@@ -23,6 +23,7 @@ from bench import measures, servers
 from bench.measures import Contender
 from tests.postgres import Cluster, Database
 
+NAMES = ["stock", "rabbitmq", "redis", "ours"]
 POOLS = {
     "solo": ["--pool", "solo"],
     "prefork -c 2": ["--pool", "prefork", "-c", "2"],
@@ -152,8 +153,7 @@ def main(
     for name, command in absent.items():
         if not only or name in only:
             console.print(f"{name} is left out; to have it take part: {command}")
-    wanted = {"stock", "rabbitmq", "redis", "ours"} - set(absent)
-    wanted &= set(only) if only else wanted
+    wanted = [name for name in NAMES if name not in absent and (not only or name in only)]
     samples: Samples = {}
     with ExitStack() as stack:
         cluster = stack.enter_context(servers.postgres())
@@ -173,9 +173,7 @@ def main(
                             f"round {number + 1}  {contender.name:9} {name}: {_figure(value)}", style="dim"
                         )
                 taking_part.append(taking_part.pop(0))  # nobody is always the first
-    console.print(
-        table(samples, [c.name for c in sorted(taking_part, key=lambda c: list(wanted).index(c.name))])
-    )
+    console.print(table(samples, wanted))
     if json_file:
         report = {
             "at": datetime.now(UTC).isoformat(),
