@@ -111,14 +111,16 @@ def machine(connect: Callable[[], connection]) -> type[RuleBasedStateMachine]:
                 self.model.deliveries.append((holder, id_, delivery))
 
         def name(self, data: st.DataObject) -> tuple[int, int, int]:
-            """A delivery to act on: half of the time one of a message that has been delivered again since."""
+            """A delivery to act on, often one whose message was delivered again since."""
+            messages = self.model.messages
             late = [
-                n for n in self.model.deliveries if self.model.messages[n[1]].holder and not self.fenced(n)
+                named
+                for named in self.model.deliveries
+                if messages[named[1]].holder and not messages[named[1]].gone and not self.fenced(named)
             ]
-            late = [n for n in late if not self.model.messages[n[1]].gone]
-            return data.draw(
-                st.sampled_from(late if late and data.draw(st.booleans()) else self.model.deliveries)
-            )
+            own = [named for named in late if named[0] == messages[named[1]].holder]
+            choices = [found for found in (own, late, self.model.deliveries) if found]
+            return data.draw(st.sampled_from(data.draw(st.sampled_from(choices))))
 
         def fenced(self, named: tuple[int, int, int]) -> Message | None:
             message = self.model.messages[named[1]]
