@@ -22,6 +22,7 @@ from app.celery_app import topology
 from app.core.config import EX_CONFIG, ConfigurationError
 from app.core.topology import Topology, TopologyError, load_topology
 from app.db.session import get_engine
+from app.dlq.command import dlq_cli
 from app.observability.context import correlation
 from app.tasks import housekeeping
 from app.tasks.discovery import disagreements, discover
@@ -31,6 +32,7 @@ cli = typer.Typer(
 )
 topology_cli = typer.Typer(help="The sheet that everything is read from.", no_args_is_help=True)
 cli.add_typer(topology_cli, name="topology")
+cli.add_typer(dlq_cli, name="dlq")
 
 Overrides = Annotated[
     str | None, typer.Option(help='Numbers of an environment as JSON, such as {"llm": {"concurrency": 4}}.')

@@ -1,0 +1,463 @@
+"""The rows: find, count, group and show them, and what a person does to them short of a replay.
+
+Every function takes the caller's session and leaves the commit to it. What a role may see and change, which
+transitions exist and what is recorded of them is the database's business (`alembic/versions/dead_letters_*`).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal, get_args
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from app.dlq.classify import FAILURE_CLASSES, Failure, FailureClass, fingerprint
+from app.dlq.message import InvalidMessageError, Message, difference, edited, read
+
+State = Literal["pending", "in_progress", "resolved", "ignored"]
+STATES: tuple[State, ...] = get_args(State)
+OPEN: tuple[State, ...] = ("pending", "in_progress")
+
+
+class DeadLetterError(Exception):
+    """What was asked for can't be done; one sentence for a person."""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which rows are meant; what isn't given doesn't restrict. Times are aware."""
+
+    ids: tuple[int, ...] = ()
+    queue: str | None = None
+    task: str | None = None
+    failure_class: FailureClass | None = None
+    error_type: str | None = None
+    fingerprint: str | None = None
+    tenant: UUID | None = None
+    without_tenant: bool = False
+    since: datetime | None = None
+    until: datetime | None = None
+    text: str | None = None
+    assignee: str | None = None
+    states: tuple[State, ...] = OPEN
+
+    def __post_init__(self) -> None:
+        unknown = [state for state in self.states if state not in STATES]
+        if unknown or not self.states:
+            raise DeadLetterError(f"{unknown or 'nothing'} is no state; there are {', '.join(STATES)}")
+        if self.failure_class not in (None, *FAILURE_CLASSES):
+            raise DeadLetterError(f"{self.failure_class!r} is no class; there are {', '.join(FAILURE_CLASSES)}")
+        if any(not 0 < row < 2**63 for row in self.ids):
+            raise DeadLetterError("an id is a number above 0")
+        for name in ("since", "until"):
+            moment = getattr(self, name)
+            if moment and not moment.tzinfo:
+                raise DeadLetterError(f"{name} needs a time zone")
+
+    @property
+    def empty(self) -> bool:
+        """Whether it means every row, whatever its state."""
+        return dataclasses.replace(self, states=OPEN) == Filter()
+
+    def where(self) -> tuple[str, dict[str, Any]]:
+        """The condition on `f`, celery_task_failures, and its parameters; no value is ever part of the SQL."""
+        values: dict[str, Any] = {
+            "ids": list(self.ids) or None,
+            "queue": self.queue,
+            "task": self.task,
+            "failure_class": self.failure_class,
+            "error_type": self.error_type,
+            "fingerprint": self.fingerprint,
+            "tenant": str(self.tenant) if self.tenant else None,
+            "since": self.since,
+            "until": self.until,
+            "text": f"%{_escaped(self.text)}%" if self.text else None,
+            "assignee": self.assignee,
+            "without_tenant": True if self.without_tenant else None,
+        }
+        values = {name: _storable(value) for name, value in values.items() if value is not None}
+        conditions = [_CONDITIONS[name] for name in values]
+        conditions.append("f.state = ANY (:states)")
+        return " AND ".join(conditions), values | {"states": list(self.states)}
+
+    def as_json(self) -> dict[str, Any]:
+        """What is kept of it with a replay."""
+        given = {key: value for key, value in dataclasses.asdict(self).items() if value}
+        return {
+            key: str(value) if isinstance(value, UUID | datetime) else value for key, value in given.items()
+        }
+
+
+_CONDITIONS = {
+    "ids": "f.id = ANY (:ids)",
+    "queue": "f.queue = :queue",
+    "task": "f.task = :task",
+    "failure_class": "f.class = :failure_class",
+    "error_type": "f.error_type = :error_type",
+    "fingerprint": "f.fingerprint = :fingerprint",
+    "tenant": "f.tenant_id = CAST(:tenant AS uuid)",
+    "since": "f.last_failed_at >= :since",
+    "until": "f.last_failed_at < :until",
+    "text": r"f.error_message ILIKE :text ESCAPE '\'",
+    "assignee": "f.assignee = :assignee",
+    "without_tenant": "f.tenant_id IS NULL AND :without_tenant",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A dead letter without its message; times are aware."""
+
+    id: int
+    uid: UUID
+    state: State
+    failure_class: FailureClass
+    task: str | None
+    task_id: str | None
+    tenant_id: UUID | None
+    correlation_id: str | None
+    queue: str
+    exchange: str | None
+    routing_key: str | None
+    error_type: str
+    error_message: str
+    fingerprint: str
+    worker: str | None
+    host: str | None
+    attempts: int
+    deliveries: int
+    failures: int
+    first_failed_at: datetime
+    last_failed_at: datetime
+    changed_at: datetime
+    message_id: int | None
+    decodable: bool
+    payload_version: int
+    replays: int
+    replay_id: int | None
+    assignee: str | None
+    note: str | None
+    exported_at: datetime | None
+    imported_at: datetime | None
+
+
+_COLUMNS = ", ".join(
+    "f.class AS failure_class" if column.name == "failure_class" else f"f.{column.name}"
+    for column in dataclasses.fields(Row)
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Equal failures: how many, whose, since when, and one of them as an example."""
+
+    fingerprint: str
+    count: int
+    tenants: int
+    first_failed_at: datetime
+    last_failed_at: datetime
+    failure_class: FailureClass
+    task: str | None
+    queue: str
+    error_type: str
+    error_message: str
+    example_id: int
+
+
+@dataclass(frozen=True)
+class Details:
+    """All that is known of one row; `errors` and `history` are oldest first."""
+
+    row: Row
+    payload: str
+    message: Message
+    versions: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def find(
+    session: Session, which: Filter, *, limit: int = 50, before: tuple[datetime, int] | None = None
+) -> list[Row]:
+    """Rows that failed last, first.
+
+    Args:
+        session: an operator's or a tenant's.
+        which: the rows meant.
+        limit: at most so many.
+        before: `last_failed_at` and `id` of the last row of the page before.
+    """
+    where, values = which.where()
+    if before:
+        where += " AND (f.last_failed_at, f.id) < (:before_time, :before_id)"
+        values |= {"before_time": before[0], "before_id": before[1]}
+    rows = session.execute(
+        text(
+            f"SELECT {_COLUMNS} FROM celery_task_failures f WHERE {where}"  # noqa: S608 - constants
+            " ORDER BY f.last_failed_at DESC, f.id DESC LIMIT :limit"
+        ),
+        values | {"limit": limit},
+    )
+    return [_row(row._mapping) for row in rows]
+
+
+def count(session: Session, which: Filter) -> int:
+    """How many rows are meant."""
+    where, values = which.where()
+    return session.execute(
+        text(f"SELECT count(*) FROM celery_task_failures f WHERE {where}"),  # noqa: S608 - constants
+        values,
+    ).scalar_one()
+
+
+def groups(session: Session, which: Filter, *, limit: int = 50) -> list[Group]:
+    """Equal failures together, the largest group first."""
+    where, values = which.where()
+    rows = session.execute(
+        text(
+            # Counted a tenant first, which the index already has in order.
+            f"""
+            WITH by_tenant AS (
+                SELECT f.fingerprint, f.tenant_id, count(*) AS n, min(f.first_failed_at) AS first_failed_at,
+                    max(f.last_failed_at) AS last_failed_at, max(f.id) AS example_id
+                FROM celery_task_failures f WHERE {where} GROUP BY f.fingerprint, f.tenant_id
+            ), by_fingerprint AS (
+                SELECT fingerprint, sum(n)::bigint AS count, count(tenant_id) AS tenants,
+                    min(first_failed_at) AS first_failed_at, max(last_failed_at) AS last_failed_at,
+                    max(example_id) AS example_id
+                FROM by_tenant GROUP BY fingerprint ORDER BY 2 DESC, 1 LIMIT :limit
+            )
+            SELECT g.*, f.class AS failure_class, f.task, f.queue, f.error_type, f.error_message
+            FROM by_fingerprint g JOIN celery_task_failures f ON f.id = g.example_id
+            ORDER BY g.count DESC, g.fingerprint
+            """  # noqa: S608 - constants
+        ),
+        values | {"limit": limit},
+    )
+    return [Group(**row._mapping) for row in rows]
+
+
+def show(session: Session, failure_id: int) -> Details:
+    """One row with its message, all its errors, its edits and its history.
+
+    Raises:
+        DeadLetterError: there is no such row for this session.
+    """
+    found = find(session, Filter(ids=(failure_id,), states=STATES), limit=1)
+    if not found:
+        raise DeadLetterError(f"there is no dead letter {failure_id}")
+    versions = _dicts(session, "SELECT * FROM celery_task_failure_payloads WHERE failure_id = :id", failure_id, "version")
+    errors = _dicts(session, "SELECT * FROM celery_task_failure_errors WHERE failure_id = :id", failure_id, "number")
+    history = _dicts(session, "SELECT * FROM celery_task_failure_audit WHERE failure_id = :id", failure_id, "id")
+    payload = versions[-1].pop("payload") if versions else ""
+    for version in versions:
+        version.pop("payload", None)
+    return Details(found[0], payload, read(payload), versions, errors, history)
+
+
+def stats(session: Session) -> list[dict[str, Any]]:
+    """Counts by state, class and queue with the oldest failure of each; for `app_ro` too."""
+    return [
+        dict(row._mapping)
+        for row in session.execute(
+            text(
+                "SELECT state, class AS failure_class, queue, count(*) AS count,"
+                " min(first_failed_at) AS oldest, max(last_failed_at) AS newest"
+                " FROM celery_task_failures GROUP BY 1, 2, 3 ORDER BY 1, 4 DESC"
+            )
+        )
+    ]
+
+
+def ignore(session: Session, which: Filter, *, actor: str, reason: str) -> list[int]:
+    """Give rows up; only pending ones are touched. Returns their ids.
+
+    Raises:
+        DeadLetterError: without a reason.
+    """
+    return _change(session, which, "state = 'ignored'", "pending", {}, actor, reason)
+
+
+def reopen(session: Session, which: Filter, *, actor: str, reason: str) -> list[int]:
+    """Take ignored rows back to pending. Returns their ids.
+
+    Raises:
+        DeadLetterError: without a reason.
+    """
+    which = dataclasses.replace(which, states=("ignored",))
+    return _change(session, which, "state = 'pending'", "ignored", {}, actor, reason)
+
+
+def note(session: Session, which: Filter, note: str, *, actor: str) -> list[int]:
+    """Write a note on rows, in place of the one before. Returns their ids."""
+    return _change(session, which, "note = :note", None, {"note": _storable(note) or None}, actor, "note")
+
+
+def assign(session: Session, which: Filter, assignee: str | None, *, actor: str) -> list[int]:
+    """Say who cares for rows; None for nobody. Returns their ids."""
+    values = {"assignee": _storable(assignee) or None}
+    return _change(session, which, "assignee = :new_assignee", None, {"new_assignee": values["assignee"]}, actor,
+                   f"assigned to {assignee or 'nobody'}")
+
+
+def edit(session: Session, failure_id: int, form: dict[str, Any], *, actor: str, reason: str) -> str:
+    """Keep an edited message as a new version, which the next replay sends. Returns the diff.
+
+    Args:
+        session: one whose role was granted the right to edit (`celery_task_failure_edit`).
+        failure_id: a pending row.
+        form: `task`, `id`, `args` and `kwargs`, what isn't given stays.
+        actor: who edits.
+        reason: why.
+
+    Raises:
+        DeadLetterError: the row isn't pending, or the form doesn't make a message.
+    """
+    before = show(session, failure_id)
+    try:
+        payload, message = edited(before.message, form)
+    except InvalidMessageError as error:
+        raise DeadLetterError(str(error)) from error
+    diff = difference(before.message, message)
+    if not diff:
+        raise DeadLetterError("nothing was changed")
+    version = session.execute(
+        text("SELECT celery_task_failure_edit(:id, :payload, :task, :task_id, :diff, :actor, :reason)"),
+        {
+            "id": failure_id,
+            "payload": payload,
+            "task": message.task,
+            "task_id": message.task_id,
+            "diff": diff,
+            "actor": actor,
+            "reason": _storable(reason),
+        },
+    ).scalar_one()
+    if version is None:
+        raise DeadLetterError(f"dead letter {failure_id} is {before.row.state}; only a pending one can be edited")
+    return diff
+
+
+def insert(
+    cursor: Any,
+    *,
+    message_id: int,
+    queue: str,
+    payload: str,
+    message: Message,
+    failure: Failure,
+    deliveries: int,
+    tenant: str | None,
+    host: str | None,
+) -> int:
+    """Keep a message that ended. The caller deletes it in the same transaction, or there is no row either.
+
+    Args:
+        cursor: a psycopg2 cursor in that transaction.
+        message_id: of `kombu_message`.
+        queue: the queue it was in.
+        payload: the message to the byte.
+        message: what was read of it.
+        failure: how it ended.
+        deliveries: how often it was delivered.
+        tenant: whose it is, or nobody's.
+        host: where it ended.
+
+    Returns:
+        The id of the row: a new one, or, for a replay, the one it came from.
+    """
+    cursor.execute(
+        "SELECT celery_task_failure_capture(%s, %s, %s, %s, %s, %s, %s::uuid, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s,"
+        " %s, %s, %s)",
+        (
+            message_id,
+            message.replay_of,
+            payload,
+            failure.failure_class,
+            _storable(message.task),
+            _storable(message.task_id),
+            tenant,
+            _storable(message.correlation_id),
+            queue,
+            _storable(_text(message.delivery_info.get("exchange"))),
+            _storable(_text(message.delivery_info.get("routing_key"))),
+            failure.error_type,
+            failure.error_message,
+            failure.traceback,
+            fingerprint(failure, message.task, queue),
+            failure.worker,
+            host,
+            message.retries + 1 if failure.attempts is None else failure.attempts,
+            deliveries,
+            message.problem is None,
+        ),
+    )
+    return int(cursor.fetchone()[0])
+
+
+def act_as(session: Session, actor: str, reason: str) -> None:
+    """Say who does the following, and why, for the audit; until the transaction ends."""
+    session.execute(
+        text("SELECT set_config('app.actor', :actor, true), set_config('app.reason', :reason, true)"),
+        {"actor": _storable(actor), "reason": _storable(reason)},
+    )
+
+
+def _change(
+    session: Session,
+    which: Filter,
+    assignment: str,
+    state: State | None,
+    values: dict[str, Any],
+    actor: str,
+    reason: str,
+) -> list[int]:
+    if not reason.strip():
+        raise DeadLetterError("say why: a reason is needed")
+    where, parameters = which.where()
+    if state:
+        where += " AND f.state = :from_state"
+        parameters["from_state"] = state
+    act_as(session, actor, reason)
+    rows = session.execute(
+        text(f"UPDATE celery_task_failures f SET {assignment} WHERE {where} RETURNING f.id"),  # noqa: S608
+        parameters | values,
+    )
+    return sorted(rows.scalars())
+
+
+def _dicts(session: Session, query: str, failure_id: int, order: str) -> list[dict[str, Any]]:
+    return [dict(row._mapping) for row in session.execute(text(f"{query} ORDER BY {order}"), {"id": failure_id})]
+
+
+def _row(mapping: Any) -> Row:
+    return Row(**mapping)
+
+
+def _escaped(pattern: str) -> str:
+    return pattern.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _storable(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return value.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+def ids_of(session: Session, which: Filter, *, limit: int | None = None) -> Sequence[int]:
+    """The ids meant, what failed first at the front."""
+    where, values = which.where()
+    return session.execute(
+        text(
+            f"SELECT f.id FROM celery_task_failures f WHERE {where}"  # noqa: S608 - constants
+            " ORDER BY f.first_failed_at, f.id LIMIT :limit"
+        ),
+        values | {"limit": limit},
+    ).scalars().all()
