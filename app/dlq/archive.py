@@ -4,8 +4,10 @@ These functions commit as they go, a chunk a transaction: a row is marked as exp
 line is safely on the disk.
 """
 
+import io
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -148,9 +150,7 @@ def _written(
     rows: list[Any] = list(session.execute(text(_LINES), {"format": FORMAT, "chunk": chunk}))
     for row in rows:
         out.write(row.line + "\n")
-    out.flush()
-    if out.seekable():  # a file; a pipe has no disk to wait for
-        os.fsync(out.fileno())
+    _onto_the_disk(out)
     session.execute(
         text("UPDATE celery_task_failures SET exported_at = now() WHERE id = ANY (:chunk)"),
         {"chunk": [row.id for row in rows]},
@@ -158,6 +158,16 @@ def _written(
     if commit:
         session.commit()
     return len(rows)
+
+
+def _onto_the_disk(out: TextIO) -> None:
+    out.flush()
+    try:
+        descriptor = out.fileno()
+    except io.UnsupportedOperation:  # a file in memory
+        return
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):  # a pipe has no disk to wait for
+        os.fsync(descriptor)
 
 
 def _needs(reason: str) -> None:
