@@ -7,7 +7,7 @@ gone. When the row can't be written the message stays with the broker, which tri
 import logging
 import socket
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any
 
 from app.broker import DeadMessage
@@ -27,14 +27,14 @@ class DeadLetters:
     """Writes the rows, and knows how that goes.
 
     Args:
-        tasks: the names that workers know.
+        knows: whether workers know a task's name.
         bind: finds `tenant_id` among arguments passed by position (`app.dlq.message.tenant_of`).
     """
 
     def __init__(
-        self, tasks: Container[str], bind: Callable[[str, list[Any], dict[str, Any]], Any] | None = None
+        self, knows: Callable[[str], bool], bind: Callable[[str, list[Any], dict[str, Any]], Any] | None = None
     ) -> None:
-        self._tasks = tasks
+        self._knows = knows
         self._bind = bind
         self.written = 0
         self.errors = 0
@@ -88,6 +88,6 @@ class DeadLetters:
             return Failure.of("expired", "Expired", "its time was over before it was run", attempts=0)
         if message.problem:
             return Failure.of("invalid", "InvalidMessage", message.problem, attempts=0)
-        if message.task not in self._tasks:
+        if not self._knows(message.task or ""):
             return Failure.of("unknown_task", "NotRegistered", f"no worker knows the task {message.task}", attempts=0)
         return Failure.of("permanent", "Reject", "its worker rejected it")

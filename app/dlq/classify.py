@@ -5,6 +5,17 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from celery.exceptions import (
+    InvalidTaskError,
+    MaxRetriesExceededError,
+    NotRegistered,
+    SoftTimeLimitExceeded,
+    TimeLimitExceeded,
+    WorkerLostError,
+)
+from kombu.exceptions import ContentDisallowed, DecodeError
+
+from app.db.session import TenantRequired
 from app.dlq.text import ERROR_MESSAGE_LIMIT, TRACEBACK_LIMIT, kept
 
 FailureClass = Literal["permanent", "transient", "timeout", "poison", "unknown_task", "invalid", "expired"]
@@ -69,3 +80,51 @@ def fingerprint(failure: Failure, task: str | None, queue: str) -> str:
             where = [_VARIABLE.sub("#", failure.error_message)[:300]]
     parts = [failure.failure_class, task or "", queue, failure.error_type, *where]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+_GAVE_UP = re.compile(r'celery/app/task\.py", line \d+, in retry$', re.M)
+
+
+def failure_of(
+    error: BaseException,
+    traceback: str | None,
+    *,
+    transient: tuple[type[BaseException], ...] = (),
+    worker: str | None = None,
+) -> Failure:
+    """What an exception that ended a job says about it.
+
+    Args:
+        error: as the worker's main process sees it.
+        traceback: the job's own.
+        transient: what the policy of its task retries.
+        worker: where it ran.
+    """
+    name = getattr(error, "exc_cls_name", None)  # what stands for an exception that can't be pickled
+    kind = type(error)
+    if not isinstance(name, str):
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        message = str(error)
+    except Exception:
+        message = f"(its message can't be had: {name}.__str__ fails)"
+    return Failure.of(_class_of(error, traceback, transient), name, message, traceback, worker)
+
+
+def _class_of(
+    error: BaseException, traceback: str | None, transient: tuple[type[BaseException], ...]
+) -> FailureClass:
+    match error:
+        case TimeLimitExceeded() | SoftTimeLimitExceeded():
+            return "timeout"
+        case WorkerLostError():
+            return "poison"
+        case NotRegistered():
+            return "unknown_task"
+        case TenantRequired() | InvalidTaskError() | DecodeError() | ContentDisallowed():
+            return "invalid"
+        case MaxRetriesExceededError():
+            return "transient"
+    # `Task.retry` raises the task's own exception when it gives up, so its frame is all that tells.
+    gave_up = bool(traceback and _GAVE_UP.search(traceback))
+    return "transient" if gave_up or isinstance(error, transient) else "permanent"

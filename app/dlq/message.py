@@ -84,22 +84,12 @@ def read(payload: str) -> Message:
     task, task_id = _word(message.headers.get("task")), _word(message.headers.get("id"))
     try:
         body = _body(message)
-        if task is None and isinstance(body, dict) and not message.headers.get("task"):  # Celery's protocol 1
-            task, task_id = _word(body.get("task")), _word(body.get("id"))
-            body = [body.get("args", []), body.get("kwargs", {}), {}]
-        if not isinstance(envelope.get("headers"), dict):
-            raise InvalidMessageError("it has no headers")
-        if task is None or task_id is None:
-            raise InvalidMessageError("its headers name no task and id")
-        match body:
-            case [list() as args, dict() as kwargs, dict() as embed]:
-                pass
-            case _:
-                raise InvalidMessageError("its body is not [args, kwargs, options]")
-        _check_headers(message.headers)
+        check(envelope.get("headers"), body)
     except InvalidMessageError as error:
         return Message(envelope, task, task_id, problem=str(error))
-    return Message(envelope, task, task_id, args, kwargs, embed)
+    if isinstance(body, dict):  # Celery's protocol 1
+        return Message(envelope, body["task"], body["id"], body.get("args", []), body.get("kwargs", {}), {})
+    return Message(envelope, task, task_id, *body)
 
 
 def tenant_of(message: Message, bind: Callable[[str, list[Any], dict[str, Any]], Any] | None = None) -> str | None:
@@ -220,6 +210,26 @@ def _body(message: Message) -> Any:
         return _loads(raw.decode())
     except ValueError as error:
         raise InvalidMessageError(f"its body is not JSON: {error}") from error
+
+
+def check(headers: Any, content: Any) -> None:
+    """What Celery takes on trust of a decoded message, and where it would end the worker instead of the message.
+
+    Raises:
+        InvalidMessageError: the message can't be run.
+    """
+    if not isinstance(headers, dict):
+        raise InvalidMessageError("it has no headers")
+    if "task" not in headers and isinstance(content, dict):  # Celery's protocol 1
+        headers = content
+        content = [content.get("args", []), content.get("kwargs", {}), {}]
+    if _word(headers.get("task")) is None or _word(headers.get("id")) is None:
+        raise InvalidMessageError("its headers name no task and id")
+    match content:
+        case [list(), dict(), dict()]:
+            _check_headers(headers)
+        case _:
+            raise InvalidMessageError("its body is not [args, kwargs, options]")
 
 
 def _check_headers(headers: dict[str, Any]) -> None:

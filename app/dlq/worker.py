@@ -1,0 +1,146 @@
+"""A worker whose failures become dead letters: what Celery would acknowledge, the broker is told to give up.
+
+Both classes are mixed into whatever request and consumer the application has. They act in the worker's main
+process, the only one that sees exceptions, both time limits and lost children. With a broker other than the one
+on Postgres nothing changes.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from billiard.einfo import ExceptionWithTraceback
+from celery import Celery, signals
+from celery.exceptions import Ignore, Retry, TimeLimitExceeded
+from celery.utils.imports import symbol_by_name
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from app.dlq.capture import FAILED, SUCCEEDED, DeadLetters
+from app.dlq.classify import Failure, failure_of
+from app.dlq.message import REPLAY_HEADER, InvalidMessageError, check
+
+logger = logging.getLogger(__name__)
+
+
+def give_up(message: Any, reason: str, detail: Any = None) -> None:
+    """Let the broker hand a message over when Celery acknowledges or rejects it."""
+    bury, tag = getattr(message.channel, "dead_letter", None), message.delivery_tag
+    if bury:
+        # Over the message's own methods, so that Celery's book-keeping around them stays as it is.
+        message.ack = message.reject = lambda *_, **__: bury(tag, reason, detail)
+
+
+class DeadLetterRequest:
+    """A request whose message is acknowledged only when it was done, or asked to be run again."""
+
+    _failure: Failure | None = None
+    _not_over = False  # it is run again, or somebody revoked it
+
+    def on_failure(self: Any, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
+        """It ended by an exception."""
+        error = exc_info.exception
+        if isinstance(error, ExceptionWithTraceback):
+            error = error.exc
+        if isinstance(error, Retry):
+            self._not_over = True
+        elif not isinstance(error, Ignore) and self._failure is None:
+            transient = tuple(getattr(self.task, "autoretry_for", ()))
+            self._failure = failure_of(error, exc_info.traceback, transient=transient, worker=self.hostname)
+        super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc] # of the class mixed with
+
+    def on_timeout(self: Any, soft: bool, timeout: float) -> None:
+        """A time limit passed; the soft one is raised inside the task."""
+        if not soft:
+            self._failure = failure_of(TimeLimitExceeded(timeout), None, worker=self.hostname)
+        super().on_timeout(soft, timeout)  # type: ignore[misc]
+
+    def _success_was_stored(self: Any) -> Any:
+        stored = super()._success_was_stored()  # type: ignore[misc]
+        if stored:  # its process died after it was done
+            self._failure = None
+        return stored
+
+    def _announce_revoked(self: Any, reason: str, *args: Any) -> None:
+        self._not_over = True
+        self._failure = None
+        if reason == "expired":
+            self._failure = Failure.of(
+                "expired", "Expired", f"it expired at {self.expires} before it was run", None, self.hostname, 0
+            )
+        super()._announce_revoked(reason, *args)  # type: ignore[misc]
+
+    def acknowledge(self: Any) -> None:
+        """Celery is done with it, whichever way."""
+        self._hand_over()
+        super().acknowledge()  # type: ignore[misc]
+
+    def reject(self: Any, requeue: bool = False) -> None:
+        """Celery gives it back, or gives it up."""
+        if not requeue:
+            self._hand_over()
+        super().reject(requeue)  # type: ignore[misc]
+
+    def _hand_over(self: Any) -> None:
+        if self.acknowledged:
+            return
+        if self._failure:
+            give_up(self._message, FAILED, self._failure)
+        elif REPLAY_HEADER in self._message.headers and not self._not_over:
+            give_up(self._message, SUCCEEDED)
+
+
+class DeadLetterConsumer:
+    """A consumer that hands over what Celery can't run, before it stumbles over it."""
+
+    def create_task_handler(self: Any, *args: Any, **options: Any) -> Any:
+        """Look at every message first."""
+        handle = super().create_task_handler(*args, **options)  # type: ignore[misc]
+
+        def on_task_received(message: Any) -> None:
+            try:
+                check(message.headers, message.payload)
+            except Exception as error:  # whatever a message can do to a decoder is its own fault
+                problem = str(error) if isinstance(error, InvalidMessageError) else f"it can't be decoded: {error}"
+                logger.error("A message that can't be run was given up: %s", type(error).__name__)
+                give_up(message, FAILED, Failure.of("invalid", "InvalidMessage", problem, None, self.hostname, 0))
+                message.reject_log_error(logger, self.connection_errors)
+                return
+            handle(message)
+
+        return on_task_received
+
+    def on_invalid_task(self: Any, body: Any, message: Any, exc: Exception) -> None:
+        """Its headers have the right types but make no sense."""
+        give_up(message, FAILED, Failure.of("invalid", type(exc).__name__, str(exc), None, self.hostname, 0))
+        super().on_invalid_task(body, message, exc)  # type: ignore[misc]
+
+
+class _Counters(Collector):
+    def __init__(self, dead_letters: DeadLetters) -> None:
+        self._dead_letters = dead_letters
+
+    def collect(self) -> Iterator[Metric]:
+        written = CounterMetricFamily("celery_dead_letters_written", "Dead letters this worker wrote.")
+        written.add_metric([], self._dead_letters.written)
+        errors = CounterMetricFamily(
+            "celery_dead_letter_write_errors", "Attempts to write a dead letter that failed; its message stays held."
+        )
+        errors.add_metric([], self._dead_letters.errors)
+        yield from (written, errors)
+
+
+def install(app: Celery, dead_letters: DeadLetters) -> None:
+    """Let every worker of `app` hand its failures over; after whatever else gives it a request and a consumer."""
+
+    @signals.celeryd_init.connect(weak=False)
+    def mix_in(instance: Any, conf: Any, **_: Any) -> None:
+        if instance.app is not app:
+            return
+        request = symbol_by_name(app.Task.Request)
+        app.Task.Request = type("Request", (DeadLetterRequest, request), {})
+        conf.worker_consumer = type("Consumer", (DeadLetterConsumer, symbol_by_name(conf.worker_consumer)), {})
+        if metrics := getattr(request, "metrics", None):
+            registry: CollectorRegistry = metrics.registry
+            registry.register(_Counters(dead_letters))
