@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import psycopg2
 import pytest
-from plane import TASK, TENANT_A, TENANT_B, Plane, payload
+from tests.dlq.plane import TASK, TENANT_A, TENANT_B, Plane, payload
 
 from app.dlq import store
 from app.dlq.classify import FAILURE_CLASSES, Failure

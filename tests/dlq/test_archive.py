@@ -4,7 +4,7 @@ import io
 import json
 
 import pytest
-from plane import TENANT_A, Plane, payload
+from tests.dlq.plane import TENANT_A, Plane, payload
 from sqlalchemy import text
 
 from app.dlq import archive, replay, store

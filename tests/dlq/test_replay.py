@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from plane import TASK, TENANT_A, Plane, payload
+from tests.dlq.plane import TASK, TENANT_A, Plane, payload
 from sqlalchemy import text
 
 from app.dlq import replay, store

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from plane import TENANT_A, TENANT_B, Plane, payload
+from tests.dlq.plane import TENANT_A, TENANT_B, Plane, payload
 from rich.console import Console
 from sqlalchemy.exc import DBAPIError
 

@@ -1,0 +1,159 @@
+"""Failures made for real, with every pool: each message ends as one row of the right class."""
+
+import os
+import random
+import time
+from collections.abc import Callable
+
+import pytest
+
+from app.dlq import replay
+from app.dlq.store import Filter
+from tests.dlq.conftest import Worker, until
+from tests.dlq.plane import TENANT_A, Plane, payload
+
+EXPIRED = {"expires": "2020-01-01T00:00:00+00:00"}
+CASES: dict[str, tuple[str, str]] = {
+    payload(task="t.raise", task_id="raise"): ("permanent", "ValueError"),
+    payload(task="t.unpicklable", task_id="unpicklable"): ("permanent", "Odd"),
+    payload(task="t.transient", task_id="transient"): ("transient", "ConnectionError"),
+    payload(task="t.by_hand", task_id="by_hand"): ("transient", "KeyError"),
+    payload(task="t.memory", task_id="memory"): ("permanent", "MemoryError"),
+    payload(task="t.reject", task_id="reject"): ("permanent", "Reject"),
+    payload(task="t.raise", task_id="wrong_args", args=[1, 2]): ("permanent", "TypeError"),
+    payload(task="t.tenant", task_id="no_tenant"): ("invalid", "TenantRequired"),
+    payload(task="t.tenant", task_id="bad_tenant", tenant_id="x"): ("invalid", "TenantRequired"),
+    payload(task="t.gone", task_id="gone"): ("unknown_task", "NotRegistered"),
+    payload(task="t.ok", task_id="expired", headers=EXPIRED): ("expired", "Expired"),
+    payload(task="t.ok", task_id="bad_expires", headers={"expires": "2020-99-99T"}): ("invalid", ""),
+    payload(task="t.ok", task_id="bad_retries", headers={"retries": "x"}): ("invalid", ""),
+    payload(task="t.ok", task_id="args").replace('"application/json"', '"application/x-python-serialize"'): ("invalid", ""),
+    payload(task="t.ok", task_id="body").replace('"body": "', '"body": "!!!'): ("invalid", ""),
+    payload(task="t.ok", task_id="encoding").replace('"utf-8"', '"utf-99"'): ("invalid", ""),
+    payload(task_id="list", headers={"task": ["t.ok"]}): ("invalid", ""),
+    payload(task_id="dict", headers={"task": {"a": 1}}): ("invalid", ""),
+    payload(headers={"id": None}): ("invalid", ""),
+    '{"headers": {"task": "t.ok", "id": "x"}}': ("invalid", ""),
+    "\x01 not json": ("invalid", ""),
+    "null": ("invalid", ""),
+    "[]": ("invalid", ""),
+}
+NOT_SOLO = {
+    payload(task="t.killed", task_id="killed"): ("poison", "WorkerLost"),
+    payload(task="t.hard", task_id="hard"): ("timeout", "TimeLimitExceeded"),
+    payload(task="t.soft", task_id="soft"): ("timeout", "SoftTimeLimitExceeded"),
+}
+POOLS = {
+    "prefork": (("-P", "prefork", "-c", "2"), CASES | NOT_SOLO),
+    "solo": (("-P", "solo"), CASES),
+    "threads": (("-P", "threads", "-c", "4"), CASES),
+}
+
+
+def done(plane: Plane, rows: int) -> Callable[[], bool]:
+    return lambda: (
+        plane.scalar("SELECT count(*) FROM celery_task_failures") >= rows
+        and plane.scalar("SELECT count(*) FROM kombu_message") == 0
+    )
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_class_in_every_pool(plane: Plane, worker: Callable[..., Worker], pool: str) -> None:
+    arguments, cases = POOLS[pool]
+    for message in cases:
+        plane.publish(message)
+    for _ in range(5):
+        plane.publish(payload(task="t.ok"))
+    plane.publish(payload(task="t.ignore"))
+    one = worker(*arguments)
+    until(done(plane, len(cases)), 45, one.log)
+    time.sleep(0.5)
+    found = plane.database.rows(
+        "SELECT p.payload, f.class, f.error_type, f.state FROM celery_task_failures f"
+        " JOIN celery_task_failure_payloads p ON p.failure_id = f.id"
+    )
+    # A retry is a message of its own, so rows are told by their task id there.
+    by_payload = {content: (failure_class, error, state) for content, failure_class, error, state in found}
+    for message, (failure_class, error) in cases.items():
+        if failure_class == "transient":
+            got = plane.database.rows(
+                "SELECT class, error_type, state FROM celery_task_failures WHERE task_id ="
+                f" '{'transient' if 't.transient' in message else 'by_hand'}'"
+            )
+            assert got == [(failure_class, error, "pending")]
+            continue
+        assert message in by_payload, message
+        assert by_payload[message][0] == failure_class, (message, by_payload[message])
+        assert error in by_payload[message][1]
+        assert by_payload[message][2] == "pending"
+    assert len(found) == len(cases)
+    assert one.process.poll() is None
+
+
+def test_what_a_person_needs_is_there(plane: Plane, worker: Callable[..., Worker]) -> None:
+    plane.publish(payload(task="t.raise", task_id="r", tenant_id=TENANT_A, headers={"retries": 2}))
+    worker("-P", "prefork", "-c", "1")
+    until(done(plane, 1))
+    [(error, traceback, who, attempts, deliveries)] = plane.database.rows(
+        "SELECT f.error_message, e.traceback, f.worker, f.attempts, f.deliveries FROM celery_task_failures f"
+        " JOIN celery_task_failure_errors e ON e.failure_id = f.id"
+    )
+    assert "TypeError" in str(traceback) or "hunter2" not in f"{error}{traceback}"
+    assert who == "w1@test"
+    assert (attempts, deliveries) == (3, 1)
+
+
+def test_a_replay_through_a_worker_ends_as_it_ends(plane: Plane, worker: Callable[..., Worker]) -> None:
+    for name in ("t.once", "t.raise", "t.transient"):
+        plane.publish(payload(task=name))
+    worker("-P", "prefork", "-c", "2")
+    until(done(plane, 3))
+    sheet = plane.sheet.model_copy(
+        update={
+            "queues": {
+                **plane.sheet.queues,
+                "housekeeping": plane.sheet.queues["housekeeping"].model_copy(
+                    update={"tasks": ("t.once", "t.raise", "t.transient")}
+                ),
+            }
+        }
+    )
+    with plane.session() as session:
+        number = replay.start(session, Filter(), sheet, actor="m", reason="r", everything=True)
+    end = replay.run(plane.engine(), number, sheet, wait=True)
+    assert (end.sent, end.succeeded, end.failed_again, end.in_flight) == (3, 1, 2, 0)
+    assert plane.database.rows("SELECT task, state, failures FROM celery_task_failures ORDER BY task") == [
+        ("t.once", "resolved", 1),
+        ("t.raise", "pending", 2),
+        ("t.transient", "pending", 2),
+    ]
+
+
+def test_without_the_table_a_message_is_kept_until_it_is_back(plane: Plane, worker: Callable[..., Worker]) -> None:
+    plane.database.rows("ALTER TABLE celery_task_failures RENAME TO away; SELECT 1")
+    plane.publish(payload(task="t.raise"))
+    one = worker("-P", "solo")
+    until(lambda: "can't be disposed of" in one.log.read_text(), 30, one.log)
+    assert plane.scalar("SELECT count(*) FROM kombu_message") == 1
+    plane.database.rows("ALTER TABLE away RENAME TO celery_task_failures; SELECT 1")
+    until(done(plane, 1), 20, one.log)
+
+
+def test_killing_the_worker_around_captures_loses_and_doubles_nothing(
+    plane: Plane, worker: Callable[..., Worker]
+) -> None:
+    kills = int(os.environ.get("DLQ_KILLS", "3"))
+    rng = random.Random(5)
+    jobs = 40 * kills
+    for number in range(jobs):
+        plane.publish(payload(task="t.raise", task_id=f"j{number}"))
+    for _ in range(kills):
+        before = plane.scalar("SELECT count(*) FROM celery_task_failures")
+        one = worker("-P", "prefork", "-c", "2", DELIVERY_LIMIT="1000")
+        until(lambda before=before: plane.scalar("SELECT count(*) FROM celery_task_failures") > before or done(plane, jobs)(), 45, one.log)
+        time.sleep(rng.uniform(0, 0.25))
+        one.kill()
+    last = worker("-P", "prefork", "-c", "2", DELIVERY_LIMIT="1000")
+    until(done(plane, jobs), 60, last.log)
+    assert plane.scalar("SELECT count(*) FROM celery_task_failures") == jobs
+    assert plane.scalar("SELECT count(DISTINCT task_id) FROM celery_task_failures") == jobs
