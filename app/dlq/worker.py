@@ -7,6 +7,7 @@ on Postgres nothing changes.
 
 import logging
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback
@@ -48,6 +49,10 @@ class DeadLetterRequest:
         elif not isinstance(error, Ignore) and self._failure is None:
             transient = tuple(getattr(self.task, "autoretry_for", ()))
             self._failure = failure_of(error, exc_info.traceback, transient=transient, worker=self.hostname)
+        if isinstance(error, MemoryError):
+            # Celery would end the whole worker for it, though it was one task that asked for too much.
+            exc_info = copy(exc_info)
+            exc_info.exception = RuntimeError(f"MemoryError: {error}")
         super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc] # of the class mixed with
 
     def on_timeout(self: Any, soft: bool, timeout: float) -> None:
