@@ -428,6 +428,7 @@ CREATE POLICY operator ON celery_task_failure_replays TO app_rw USING ((SELECT c
 CREATE POLICY reader ON celery_task_failures FOR SELECT TO app_ro USING (true);
 CREATE POLICY reader ON celery_task_failure_replays FOR SELECT TO app_ro USING (true);
 
+GRANT EXECUTE ON FUNCTION celery_task_failure_tenant TO app_user, app_rw, app_ro;
 GRANT SELECT ON celery_task_failures TO app_user;
 GRANT EXECUTE ON FUNCTION celery_task_failure_capture, celery_task_failure_resolve, celery_task_failure_tend
     TO app_user;
