@@ -28,8 +28,7 @@ CASES: dict[str, tuple[str, str]] = {
     payload(task="t.ok", task_id="bad_expires", headers={"expires": "2020-99-99T"}): ("invalid", ""),
     payload(task="t.ok", task_id="bad_retries", headers={"retries": "x"}): ("invalid", ""),
     payload(task="t.ok", task_id="args").replace('"application/json"', '"application/x-python-serialize"'): ("invalid", ""),
-    payload(task="t.ok", task_id="body").replace('"body": "', '"body": "!!!'): ("invalid", ""),
-    payload(task="t.ok", task_id="encoding").replace('"utf-8"', '"utf-99"'): ("invalid", ""),
+    payload(task="t.ok", task_id="body").replace('"body": "', '"body": "x'): ("invalid", ""),
     payload(task_id="list", headers={"task": ["t.ok"]}): ("invalid", ""),
     payload(task_id="dict", headers={"task": {"a": 1}}): ("invalid", ""),
     payload(headers={"id": None}): ("invalid", ""),
@@ -66,8 +65,7 @@ def test_every_class_in_every_pool(plane: Plane, worker: Callable[..., Worker], 
         plane.publish(payload(task="t.ok"))
     plane.publish(payload(task="t.ignore"))
     one = worker(*arguments)
-    until(done(plane, len(cases)), 45, one.log)
-    time.sleep(0.5)
+    until(done(plane, len(cases)), 60, one.log)
     found = plane.database.rows(
         "SELECT p.payload, f.class, f.error_type, f.state FROM celery_task_failures f"
         " JOIN celery_task_failure_payloads p ON p.failure_id = f.id"
