@@ -21,7 +21,7 @@ from app.db import engine  # noqa: F401 - `postgresql://` means psycopg2 from he
 from app.observability import worker_monitoring
 from app.observability.context import CORRELATION_HEADER, Context, current_context, set_context
 from app.observability.logging import configure_logging
-from app.tasks.base import PolicyTask
+from app.tasks.base import PolicyTask, retry_options
 from app.tasks.discovery import disagreements, discover
 
 logger = logging.getLogger(__name__)
@@ -111,13 +111,8 @@ def _configuration() -> dict[str, Any]:
         "task_create_missing_queues": False,
         "task_routes": (route,),
         "task_annotations": {
-            task: {
-                "soft_time_limit": queue.soft_time_limit,
-                "time_limit": queue.time_limit,
-                "max_retries": queue.retry.max_retries,
-                "backoff": queue.retry.backoff,
-                "backoff_max": queue.retry.backoff_max,
-            }
+            task: {"soft_time_limit": queue.soft_time_limit, "time_limit": queue.time_limit}
+            | retry_options(queue.retry_of(task))
             for queue in queues
             for task in queue.tasks
         },

@@ -56,12 +56,15 @@ CREATE INDEX celery_task_failures_open ON celery_task_failures (last_failed_at D
 CREATE INDEX celery_task_failures_group ON celery_task_failures (fingerprint, tenant_id, state)
     INCLUDE (first_failed_at, last_failed_at);
 CREATE INDEX celery_task_failures_task ON celery_task_failures (task, state);
-CREATE INDEX celery_task_failures_tenant ON celery_task_failures (tenant_id, state) WHERE tenant_id IS NOT NULL;
-CREATE INDEX celery_task_failures_replay ON celery_task_failures (replay_id, state) WHERE replay_id IS NOT NULL;
+CREATE INDEX celery_task_failures_tenant ON celery_task_failures (tenant_id, state) WHERE tenant_id IS NOT
+    NULL;
+CREATE INDEX celery_task_failures_replay ON celery_task_failures (replay_id, state) WHERE replay_id IS NOT
+    NULL;
 CREATE INDEX celery_task_failures_closed ON celery_task_failures (state, changed_at)
     WHERE state IN ('resolved', 'ignored');
 
--- Apart from the row so that lists stay fast: version 1 is the original to the byte, the others are edits of it.
+-- Apart from the row so that lists stay fast: version 1 is the original to the byte, the others are edits
+-- of it.
 CREATE TABLE celery_task_failure_payloads (
     failure_id bigint NOT NULL REFERENCES celery_task_failures ON DELETE CASCADE,
     version integer NOT NULL CHECK (version >= 1),
@@ -89,7 +92,8 @@ CREATE TABLE celery_task_failure_errors (
 
 CREATE TABLE celery_task_failure_replays (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    state text NOT NULL DEFAULT 'running' CHECK (state IN ('running', 'paused', 'stopped', 'cancelled', 'done')),
+    state text NOT NULL DEFAULT 'running' CHECK (state IN ('running', 'paused', 'stopped', 'cancelled',
+        'done')),
     actor text NOT NULL,
     reason text NOT NULL,
     filter jsonb NOT NULL,
@@ -138,9 +142,11 @@ BEGIN
         NEW.changed_at := now();
     END IF;
     IF OLD.state = NEW.state THEN
-        IF (NEW.message_id, NEW.replays, NEW.replay_id) IS DISTINCT FROM (OLD.message_id, OLD.replays, OLD.replay_id)
+        IF (NEW.message_id, NEW.replays, NEW.replay_id) IS DISTINCT FROM (OLD.message_id, OLD.replays,
+            OLD.replay_id)
         THEN
-            RAISE EXCEPTION 'dead letter %: a row that stays % keeps its message and its replays', OLD.id, OLD.state
+            RAISE EXCEPTION 'dead letter %: a row that stays % keeps its message and its replays', OLD.id,
+                OLD.state
                 USING ERRCODE = 'check_violation';
         END IF;
         RETURN NEW;
@@ -155,11 +161,13 @@ BEGIN
             END IF;
         WHEN 'pending -> ignored', 'ignored -> pending' THEN
             IF reason IS NULL THEN
-                RAISE EXCEPTION 'dead letter %: % needs a reason', OLD.id, way USING ERRCODE = 'check_violation';
+                RAISE EXCEPTION 'dead letter %: % needs a reason', OLD.id, way USING ERRCODE =
+                    'check_violation';
             END IF;
         WHEN 'in_progress -> pending', 'in_progress -> resolved' THEN
             IF NOT by_function THEN
-                RAISE EXCEPTION 'dead letter %: % follows from the replay''s outcome and can''t be set', OLD.id, way
+                RAISE EXCEPTION 'dead letter %: % follows from the replay''s outcome and can''t be set',
+                    OLD.id, way
                     USING ERRCODE = 'insufficient_privilege';
             END IF;
         ELSE
@@ -172,7 +180,8 @@ CREATE TRIGGER guard BEFORE UPDATE ON celery_task_failures
 
 CREATE FUNCTION celery_task_failure_keep_open() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    IF OLD.state IN ('pending', 'in_progress') AND current_setting('app.purge_open', true) IS DISTINCT FROM 'on' THEN
+    IF OLD.state IN ('pending', 'in_progress') AND current_setting('app.purge_open', true) IS DISTINCT FROM
+        'on' THEN
         RAISE EXCEPTION 'dead letter % is %: only closed rows are deleted unless open ones are asked for',
             OLD.id, OLD.state USING ERRCODE = 'check_violation';
     END IF;
@@ -208,7 +217,8 @@ BEGIN
          reason, replay_id, message_id)
     VALUES (r.id, r.uid, what,
         CASE WHEN TG_OP <> 'INSERT' THEN OLD.state END, CASE WHEN TG_OP <> 'DELETE' THEN NEW.state END,
-        coalesce(nullif(current_setting('app.actor', true), ''), session_user), session_user, inet_client_addr(),
+        coalesce(nullif(current_setting('app.actor', true), ''), session_user), session_user,
+            inet_client_addr(),
         nullif(left(current_setting('app.reason', true), 1000), ''), r.replay_id, r.message_id);
     RETURN NULL;
 END $$;
@@ -231,11 +241,14 @@ CREATE TRIGGER append_only BEFORE TRUNCATE ON celery_task_failures
     FOR EACH STATEMENT EXECUTE FUNCTION celery_task_failure_append_only();
 """
 
-# What a worker and its housekeeping may do, as the owner. A session bound to a tenant acts for that tenant only.
+# What a worker and its housekeeping may do, as the owner. A session bound to a tenant acts for that tenant
+# only.
 FUNCTIONS = """
 CREATE FUNCTION celery_task_failure_capture(
-    _message_id bigint, _replay_of bigint, _payload text, _class text, _task text, _task_id text, _tenant_id uuid,
-    _correlation_id text, _queue text, _exchange text, _routing_key text, _error_type text, _error_message text,
+    _message_id bigint, _replay_of bigint, _payload text, _class text, _task text, _task_id text, _tenant_id
+        uuid,
+    _correlation_id text, _queue text, _exchange text, _routing_key text, _error_type text, _error_message
+        text,
     _traceback text, _fingerprint text, _worker text, _host text, _attempts integer, _deliveries integer,
     _decodable boolean
 ) RETURNS bigint LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -248,7 +261,8 @@ BEGIN
         RAISE EXCEPTION 'a tenant''s session can''t write dead letters of another'
             USING ERRCODE = 'insufficient_privilege';
     END IF;
-    -- A failed replay goes back to the row it came from. The task id is compared because anyone can write a header.
+    -- A failed replay goes back to the row it came from. The task id is compared because anyone can write a
+    -- header.
     IF _replay_of IS NOT NULL THEN
         PERFORM set_config('app.reason', 'the replay failed: ' || _error_type, true);
         UPDATE celery_task_failures SET
@@ -264,7 +278,8 @@ BEGIN
         INSERT INTO celery_task_failures
             (class, task, task_id, tenant_id, correlation_id, queue, exchange, routing_key, error_type,
              error_message, fingerprint, worker, host, attempts, deliveries, message_id, decodable)
-        VALUES (_class, _task, _task_id, _tenant_id, _correlation_id, _queue, _exchange, _routing_key, _error_type,
+        VALUES (_class, _task, _task_id, _tenant_id, _correlation_id, _queue, _exchange, _routing_key,
+            _error_type,
              _error_message, _fingerprint, _worker, _host, _attempts, _deliveries, _message_id, _decodable)
         RETURNING * INTO r;
         INSERT INTO celery_task_failure_payloads (failure_id, version, payload) VALUES (r.id, 1, _payload);
@@ -314,17 +329,21 @@ DECLARE
     new_id bigint;
 BEGIN
     INSERT INTO celery_task_failures
-        (uid, state, class, task, task_id, tenant_id, correlation_id, queue, exchange, routing_key, error_type,
-         error_message, fingerprint, worker, host, attempts, deliveries, failures, first_failed_at, last_failed_at,
+        (uid, state, class, task, task_id, tenant_id, correlation_id, queue, exchange, routing_key,
+            error_type,
+         error_message, fingerprint, worker, host, attempts, deliveries, failures, first_failed_at,
+             last_failed_at,
          decodable, payload_version, replays, assignee, note, imported_at)
     VALUES
         (r.uid, CASE r.state WHEN 'in_progress' THEN 'pending' ELSE r.state END, r.class, r.task, r.task_id,
          r.tenant_id, r.correlation_id, r.queue, r.exchange, r.routing_key, r.error_type, r.error_message,
-         r.fingerprint, r.worker, r.host, r.attempts, r.deliveries, r.failures, r.first_failed_at, r.last_failed_at,
+         r.fingerprint, r.worker, r.host, r.attempts, r.deliveries, r.failures, r.first_failed_at,
+             r.last_failed_at,
          r.decodable, r.payload_version, r.replays, r.assignee, r.note, now())
     ON CONFLICT (uid) DO NOTHING RETURNING id INTO new_id;
     IF new_id IS NOT NULL THEN
-        INSERT INTO celery_task_failure_payloads (failure_id, version, payload, diff, reason, actor, created_at)
+        INSERT INTO celery_task_failure_payloads (failure_id, version, payload, diff, reason, actor,
+            created_at)
         SELECT new_id, version, payload, diff, reason, actor, created_at
         FROM jsonb_populate_recordset(NULL::celery_task_failure_payloads, _row -> 'payloads');
         INSERT INTO celery_task_failure_errors
@@ -335,10 +354,12 @@ BEGIN
     RETURN new_id;
 END $$;
 
-CREATE FUNCTION celery_task_failure_tend(_resolved_after interval, _ignored_after interval, _stuck_after interval,
+CREATE FUNCTION celery_task_failure_tend(_resolved_after interval, _ignored_after interval, _stuck_after
+    interval,
     _batch integer, OUT purged bigint, OUT not_exported bigint, OUT resolved bigint, OUT returned bigint)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
--- Retention deletes only what was exported. A row is stuck when its replay's message is gone and nobody said how
+-- Retention deletes only what was exported. A row is stuck when its replay's message is gone and nobody
+-- said how
 -- it ended: the result table knows, or it goes back to pending.
 DECLARE
     in_flight bigint[];
@@ -364,7 +385,8 @@ BEGIN
 
     resolved := 0;
     returned := 0;
-    IF EXISTS (SELECT FROM celery_task_failures WHERE state = 'in_progress' AND changed_at < now() - _stuck_after) THEN
+    IF EXISTS (SELECT FROM celery_task_failures WHERE state = 'in_progress' AND changed_at < now() -
+        _stuck_after) THEN
         -- A retry of the replay is another message of the same row: its header names the row.
         SELECT array_agg(substring(payload FROM '"skeldir_replay_of": ?([0-9]{1,18})')::bigint) INTO in_flight
         FROM kombu_message WHERE payload LIKE '%"skeldir_replay_of"%';
@@ -393,7 +415,8 @@ DECLARE
     t text;
     owner text := current_user;
 BEGIN
-    FOREACH t IN ARRAY ARRAY['celery_task_failures', 'celery_task_failure_payloads', 'celery_task_failure_errors',
+    FOREACH t IN ARRAY ARRAY['celery_task_failures', 'celery_task_failure_payloads',
+        'celery_task_failure_errors',
                              'celery_task_failure_replays', 'celery_task_failure_audit'] LOOP
         EXECUTE format('REVOKE ALL ON %I FROM PUBLIC, app_user, app_rw, app_ro', t);
         EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', t);
@@ -414,7 +437,8 @@ CREATE POLICY tenant ON celery_task_failures FOR SELECT TO app_user
     USING (tenant_id = (SELECT celery_task_failure_tenant()));
 -- An operator sees all, or one tenant's rows when the session is bound to it.
 CREATE POLICY operator ON celery_task_failures TO app_rw
-    USING ((SELECT celery_task_failure_tenant()) IS NULL OR tenant_id = (SELECT celery_task_failure_tenant()));
+    USING ((SELECT celery_task_failure_tenant()) IS NULL OR tenant_id = (SELECT
+        celery_task_failure_tenant()));
 CREATE POLICY operator ON celery_task_failure_payloads FOR SELECT TO app_rw
     USING ((SELECT celery_task_failure_tenant()) IS NULL
         OR EXISTS (SELECT FROM celery_task_failures f WHERE f.id = failure_id));
@@ -424,7 +448,8 @@ CREATE POLICY operator ON celery_task_failure_errors FOR SELECT TO app_rw
 CREATE POLICY operator ON celery_task_failure_audit FOR SELECT TO app_rw
     USING ((SELECT celery_task_failure_tenant()) IS NULL
         OR EXISTS (SELECT FROM celery_task_failures f WHERE f.id = failure_id));
-CREATE POLICY operator ON celery_task_failure_replays TO app_rw USING ((SELECT celery_task_failure_tenant()) IS NULL);
+CREATE POLICY operator ON celery_task_failure_replays TO app_rw USING ((SELECT celery_task_failure_tenant())
+    IS NULL);
 CREATE POLICY reader ON celery_task_failures FOR SELECT TO app_ro USING (true);
 CREATE POLICY reader ON celery_task_failure_replays FOR SELECT TO app_ro USING (true);
 
@@ -442,7 +467,8 @@ GRANT INSERT (actor, reason, filter, target_queue, rate, canary, stop_ratio, max
 GRANT EXECUTE ON FUNCTION celery_task_failure_import, celery_task_failure_tend TO app_rw;
 
 -- Counts and shapes: no argument, message, traceback or note.
-GRANT SELECT (id, state, class, task, tenant_id, queue, error_type, fingerprint, worker, host, attempts, deliveries,
+GRANT SELECT (id, state, class, task, tenant_id, queue, error_type, fingerprint, worker, host, attempts,
+    deliveries,
     failures, first_failed_at, last_failed_at, changed_at, decodable, payload_version, replays, replay_id,
     exported_at, imported_at) ON celery_task_failures TO app_ro;
 GRANT SELECT (id, state, target_queue, rate, canary, stop_ratio, max_replays, position, skipped, created_at,
@@ -460,6 +486,16 @@ def downgrade() -> None:
         DROP TABLE celery_task_failure_audit, celery_task_failure_replays, celery_task_failure_errors,
             celery_task_failure_payloads, celery_task_failures CASCADE;
     """)
-    for function in ("guard", "keep_open", "record", "append_only", "capture", "resolve", "edit", "import", "tend",
-                     "tenant"):
+    for function in (
+        "guard",
+        "keep_open",
+        "record",
+        "append_only",
+        "capture",
+        "resolve",
+        "edit",
+        "import",
+        "tend",
+        "tenant",
+    ):
         op.execute(f"DROP FUNCTION celery_task_failure_{function}")

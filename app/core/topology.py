@@ -17,6 +17,8 @@ DEFAULT_METRICS_PORT = 9540
 _QUEUE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 _TASK_NAME = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)+")
 
+_CLASS_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
+
 _Seconds = Annotated[int, Field(gt=0, strict=True)]
 _Count = Annotated[int, Field(ge=1, strict=True)]
 
@@ -34,11 +36,33 @@ class _Entry(BaseModel):
 
 
 class RetryPolicy(_Entry):
-    """How a task that asks for a retry is tried again; the wait in seconds doubles up to `backoff_max`."""
+    """What is retried, and how: the wait in seconds doubles up to `backoff_max`.
+
+    An error that is none of `transient` (full names of exception classes) is permanent at once. `jitter` is
+    the
+    share of each wait that is left to chance.
+    """
 
     max_retries: Annotated[int, Field(ge=0, strict=True)]
     backoff: _Seconds
     backoff_max: _Seconds
+    jitter: Annotated[float, Field(ge=0, le=1)] = 0.5
+    transient: tuple[str, ...] = (
+        "builtins.ConnectionError",
+        "builtins.TimeoutError",
+        "sqlalchemy.exc.InterfaceError",
+        "sqlalchemy.exc.OperationalError",
+    )
+
+    @field_validator("transient")
+    @classmethod
+    def _full_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not _CLASS_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} is not the full name of an exception such as builtins.TimeoutError"
+                )
+        return names
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -61,6 +85,7 @@ class Queue(_Entry):
     time_limit: _Seconds
     delivery_limit: _Count
     retry: RetryPolicy
+    task_retry: dict[str, RetryPolicy] = {}
 
     @field_validator("name")
     @classmethod
@@ -88,6 +113,19 @@ class Queue(_Entry):
         if port == DEFAULT_METRICS_PORT:
             raise ValueError(f"{port} is kept for workers started by hand; choose another port")
         return port
+
+    def retry_of(self, task: str) -> RetryPolicy:
+        """The retry policy of one of its tasks: its own, or the queue's."""
+        return self.task_retry.get(task, self.retry)
+
+    @model_validator(mode="after")
+    def _policies_have_a_task(self) -> Self:
+        for task in self.task_retry:
+            if task not in self.tasks:
+                raise ValueError(
+                    f"task_retry names {task}, which the queue doesn't carry; correct it or remove it"
+                )
+        return self
 
     @model_validator(mode="after")
     def _limits_agree(self) -> Self:

@@ -1,6 +1,7 @@
 """Take dead letters out as JSON lines, bring them back, and delete what is over.
 
-These functions commit as they go, a chunk a transaction: a row is marked as exported, or deleted, only after its
+These functions commit as they go, a chunk a transaction: a row is marked as exported, or deleted, only
+after its
 line is safely on the disk.
 """
 
@@ -71,7 +72,9 @@ def restore(session: Session, lines: Iterable[str], *, actor: str, reason: str) 
         try:
             content = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DeadLetterError(f"line {number} is not JSON; the {number - 1} before it were read") from error
+            raise DeadLetterError(
+                f"line {number} is not JSON; the {number - 1} before it were read"
+            ) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT or not content.get("payloads"):
             raise DeadLetterError(
                 f"line {number} is not a dead letter of format {FORMAT}; the {number - 1} before it were read"
@@ -84,7 +87,8 @@ def restore(session: Session, lines: Iterable[str], *, actor: str, reason: str) 
         except DBAPIError as error:
             session.rollback()
             raise DeadLetterError(
-                f"line {number} is refused: {str(error.orig).splitlines()[0]}; the {number - 1} before it were read"
+                f"line {number} is refused: {str(error.orig).splitlines()[0]};"
+                f" the {number - 1} before it were read"
             ) from error
         session.commit()
         if new is None:

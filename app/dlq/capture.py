@@ -1,7 +1,9 @@
 """What becomes of a message that will not be delivered again: the broker's seam, filled.
 
-The broker deletes the message and calls this in the same transaction, so the row exists exactly if the message is
-gone. When the row can't be written the message stays with the broker, which tries again; that is counted here.
+The broker deletes the message and calls this in the same transaction, so the row exists exactly if the
+message is
+gone. When the row can't be written the message stays with the broker, which tries again; that is counted
+here.
 """
 
 import logging
@@ -32,7 +34,9 @@ class DeadLetters:
     """
 
     def __init__(
-        self, knows: Callable[[str], bool], bind: Callable[[str, list[Any], dict[str, Any]], Any] | None = None
+        self,
+        knows: Callable[[str], bool],
+        bind: Callable[[str, list[Any], dict[str, Any]], Any] | None = None,
     ) -> None:
         self._knows = knows
         self._bind = bind
@@ -53,9 +57,7 @@ class DeadLetters:
     def _keep(self, cursor: Any, dead: DeadMessage) -> None:
         message = read(dead.payload)
         if dead.reason == SUCCEEDED:
-            cursor.execute(
-                "SELECT celery_task_failure_resolve(%s, %s)", (message.replay_of, message.task_id)
-            )
+            cursor.execute("SELECT celery_task_failure_resolve(%s, %s)", (message.replay_of, message.task_id))
             return
         failure = dead.detail if dead.reason == FAILED else self._failure(dead, message)
         row = store.insert(
@@ -89,5 +91,7 @@ class DeadLetters:
         if message.problem:
             return Failure.of("invalid", "InvalidMessage", message.problem, attempts=0)
         if not self._knows(message.task or ""):
-            return Failure.of("unknown_task", "NotRegistered", f"no worker knows the task {message.task}", attempts=0)
+            return Failure.of(
+                "unknown_task", "NotRegistered", f"no worker knows the task {message.task}", attempts=0
+            )
         return Failure.of("permanent", "Reject", "its worker rejected it")

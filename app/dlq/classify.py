@@ -1,4 +1,4 @@
-"""Why a message failed for good: its class, the words for a person and the fingerprint that groups equal failures."""
+"""Why a message failed for good: its class, the words for a person, what equal failures have in common."""
 
 import hashlib
 import re
@@ -40,6 +40,7 @@ class Failure:
         error_type: str,
         message: str,
         traceback: str | None = None,
+        *,
         worker: str | None = None,
         attempts: int | None = None,
     ) -> "Failure":
@@ -66,7 +67,8 @@ _VARIABLE = re.compile(
 def fingerprint(failure: Failure, task: str | None, queue: str) -> str:
     """16 hexadecimal digits that equal failures share, whatever their arguments and line numbers.
 
-    The way through the code tells failures apart where there is a traceback; otherwise the message does, without
+    The way through the code tells failures apart where there is a traceback; otherwise the message does,
+    without
     its numbers, ids and quoted words. A time limit strikes anywhere, so it counts by task alone.
     """
     where: list[str] = []
@@ -103,12 +105,14 @@ def failure_of(
     name = getattr(error, "exc_cls_name", None)  # what stands for an exception that can't be pickled
     kind = type(error)
     if not isinstance(name, str):
-        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        name = (
+            kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        )
     try:
         message = str(error)
     except Exception:
         message = f"(its message can't be had: {name}.__str__ fails)"
-    return Failure.of(_class_of(error, traceback, transient), name, message, traceback, worker)
+    return Failure.of(_class_of(error, traceback, transient), name, message, traceback, worker=worker)
 
 
 def _class_of(

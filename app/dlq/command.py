@@ -1,4 +1,4 @@
-"""`skeldir dlq`: the operator's way to the dead letters. It prints tables for people and JSON for machines."""
+"""`skeldir dlq`: the operator's way to the dead letters, in tables for people and in JSON for machines."""
 
 import dataclasses
 import functools
@@ -7,7 +7,10 @@ import inspect
 import json
 import os
 import re
+import shlex
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -26,15 +29,26 @@ from app.core.config import get_settings
 from app.core.topology import Topology
 from app.db.session import get_engine
 from app.dlq import archive, replay, store
-from app.dlq.classify import FAILURE_CLASSES
+from app.dlq.classify import FailureClass
 from app.dlq.message import editable
 from app.dlq.store import OPEN, STATES, DeadLetterError, Filter
 from app.dlq.text import cut, printable
 
-dlq_cli = typer.Typer(help="Dead letters: what failed for good, and how it is brought back.", no_args_is_help=True)
+dlq_cli = typer.Typer(
+    help="Dead letters: what failed for good, and how it is brought back.", no_args_is_help=True
+)
 
-StateName = StrEnum("StateName", {name: name for name in (*STATES, "open", "any")})
-ClassName = StrEnum("ClassName", {name: name for name in FAILURE_CLASSES})
+
+class StateName(StrEnum):
+    """What `--state` takes."""
+
+    pending = "pending"
+    in_progress = "in_progress"
+    resolved = "resolved"
+    ignored = "ignored"
+    open = "open"
+    any = "any"
+
 
 _AGE = re.compile(r"(\d+)([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -65,16 +79,22 @@ def _moment(value: str) -> datetime:
 class _FilterOptions:
     """The options that every command over many rows has."""
 
-    ids: Annotated[list[int] | None, typer.Argument(min=1, metavar="[ID]...", help="Numbers of dead letters.")] = None
+    ids: Annotated[
+        list[int] | None, typer.Argument(min=1, metavar="[ID]...", help="Numbers of dead letters.")
+    ] = None
     queue: Annotated[str | None, typer.Option(help="The queue they came from.")] = None
     task: Annotated[str | None, typer.Option(help="Full name of the task.")] = None
-    failure_class: Annotated[ClassName | None, typer.Option("--class", help="How they failed.")] = None
+    failure_class: Annotated[FailureClass | None, typer.Option("--class", help="How they failed.")] = None
     error_type: Annotated[str | None, typer.Option(help="Type of the error, as listed.")] = None
     group: Annotated[str | None, typer.Option(help="Equal failures: a group's fingerprint.")] = None
     tenant: Annotated[UUID | None, typer.Option(help="The tenant whose they are.")] = None
     no_tenant: Annotated[bool, typer.Option("--no-tenant", help="Only those of no tenant.")] = False
-    since: Annotated[datetime | None, typer.Option(parser=_moment, metavar="TIME", help="Failed since; 2h, 3d or a time.")] = None
-    until: Annotated[datetime | None, typer.Option(parser=_moment, metavar="TIME", help="Failed before.")] = None
+    since: Annotated[
+        datetime | None, typer.Option(parser=_moment, metavar="TIME", help="Failed since; 2h, 3d or a time.")
+    ] = None
+    until: Annotated[datetime | None, typer.Option(parser=_moment, metavar="TIME", help="Failed before.")] = (
+        None
+    )
     text: Annotated[str | None, typer.Option(help="Words of the error message.")] = None
     assignee: Annotated[str | None, typer.Option(help="Who cares for them.")] = None
     state: Annotated[list[StateName] | None, typer.Option(help="Their state; open ones without.")] = None
@@ -87,7 +107,7 @@ class _FilterOptions:
             ids=tuple(self.ids or ()),
             queue=self.queue,
             task=self.task,
-            failure_class=self.failure_class.value if self.failure_class else None,  # type: ignore[arg-type]
+            failure_class=self.failure_class,
             error_type=self.error_type,
             fingerprint=self.group,
             tenant=self.tenant,
@@ -107,7 +127,10 @@ def _filtered(command: Callable[..., None]) -> Callable[..., None]:
     own = get_type_hints(command, include_extras=True)
     parameters = [
         inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=getattr(_FilterOptions, name), annotation=hints[name]
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=getattr(_FilterOptions, name),
+            annotation=hints[name],
         )
         for name in fields
     ]
@@ -122,7 +145,9 @@ def _filtered(command: Callable[..., None]) -> Callable[..., None]:
         command(options.filter(), **given)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {
+        "return": None
+    }
     return _spoken(run)
 
 
@@ -140,7 +165,7 @@ def _spoken(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             sys.exit(
                 f"Your database role may not do this: {printable(str(error.orig).splitlines()[0])}\n"
-                "Operators work as app_rw; editing a message is a right of its own, which the schema's owner grants: "
+                "Operators work as app_rw; to edit a message is a right of its own, which its owner grants: "
                 "GRANT EXECUTE ON FUNCTION celery_task_failure_edit TO app_rw"
             )
 
@@ -152,7 +177,9 @@ def _spoken(command: Callable[..., None]) -> Callable[..., None]:
 def list_(
     which: Filter,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows a page.")] = 50,
-    before: Annotated[int | None, typer.Option(help="The next page: the last number of the one before.")] = None,
+    before: Annotated[
+        int | None, typer.Option(help="The next page: the last number of the one before.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List dead letters, what failed last first."""
@@ -170,8 +197,15 @@ def list_(
     table = Table("id", "state", "class", "task", "queue", "tenant", "failed", "tries", "error")
     for row in rows:
         table.add_row(
-            str(row.id), row.state, row.failure_class, _cell(row.task), _cell(row.queue), _cell(row.tenant_id),
-            _ago(row.last_failed_at), f"{row.attempts}", _cell(f"{row.error_type}: {row.error_message}", 90),
+            str(row.id),
+            row.state,
+            row.failure_class,
+            _cell(row.task),
+            _cell(row.queue),
+            _cell(row.tenant_id),
+            _ago(row.last_failed_at),
+            f"{row.attempts}",
+            _cell(f"{row.error_type}: {row.error_message}", 90),
         )
     _print(table, "No dead letters." if not rows else None)
     if len(rows) == limit:
@@ -194,8 +228,15 @@ def groups(
     table = Table("group", "count", "tenants", "class", "task", "queue", "first", "last", "example", "error")
     for group in found:
         table.add_row(
-            group.fingerprint, f"{group.count:,}", str(group.tenants), group.failure_class, _cell(group.task),
-            _cell(group.queue), _ago(group.first_failed_at), _ago(group.last_failed_at), str(group.example_id),
+            group.fingerprint,
+            f"{group.count:,}",
+            str(group.tenants),
+            group.failure_class,
+            _cell(group.task),
+            _cell(group.queue),
+            _ago(group.first_failed_at),
+            _ago(group.last_failed_at),
+            str(group.example_id),
             _cell(f"{group.error_type}: {group.error_message}", 90),
         )
     _print(table, "No dead letters." if not found else None)
@@ -234,13 +275,19 @@ def show(
         if reveal and version["diff"]:
             print(printable(version["diff"]))
     for error in details.errors:
-        print(f"\nFailure {error['number']} at {error['failed_at']:%Y-%m-%d %H:%M:%S}: {_cell(error['error_type'])}")
+        print(
+            f"\nFailure {error['number']} at {error['failed_at']:%Y-%m-%d %H:%M:%S}:"
+            f" {_cell(error['error_type'])}"
+        )
         print(printable(error["traceback"] or error["error_message"]))
     if details.history:
         table = Table("at", "what", "who", "as", "why")
         for event in details.history:
             table.add_row(
-                f"{event['at']:%Y-%m-%d %H:%M:%S}", event["action"], _cell(event["actor"]), event["db_user"],
+                f"{event['at']:%Y-%m-%d %H:%M:%S}",
+                event["action"],
+                _cell(event["actor"]),
+                event["db_user"],
                 _cell(event["reason"]),
             )
         print()
@@ -252,31 +299,45 @@ def show(
 def replay_(
     which: Filter,
     reason: Annotated[str | None, typer.Option(help="Why; it is kept in the audit.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and what not and why.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Every open dead letter; needed without a filter.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many, what failed first at the front.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be sent, and what not and why.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every open dead letter; needed without a filter.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many, what failed first at the front.")
+    ] = None,
     rate: Annotated[float | None, typer.Option(min=0.01, max=100_000, help="Jobs a second.")] = None,
-    canary: Annotated[int, typer.Option(min=0, help="So many first, the others only if all of these succeed.")] = 0,
+    canary: Annotated[
+        int, typer.Option(min=0, help="So many first, the others only if all of these succeed.")
+    ] = 0,
     stop_ratio: Annotated[
-        float, typer.Option(min=0, max=1, help="Stop when more than this share of the finished jobs failed again.")
+        float,
+        typer.Option(min=0, max=1, help="Stop when more than this share of the finished jobs failed again."),
     ] = replay.STOP_RATIO,
-    max_replays: Annotated[int, typer.Option(min=1, help="Leave out what was replayed so often.")] = replay.MAX_REPLAYS,
+    max_replays: Annotated[
+        int, typer.Option(min=1, help="Leave out what was replayed so often.")
+    ] = replay.MAX_REPLAYS,
     to: Annotated[str | None, typer.Option(help="Another queue than the one each came from.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the outcome of all.")] = False,
     message: Annotated[
-        typer.FileText | None, typer.Option(help="One dead letter only: JSON with the task, args or kwargs it is to have.")
+        typer.FileText | None,
+        typer.Option(help="One dead letter only: JSON with the task, args or kwargs it is to have."),
     ] = None,
     edit: Annotated[bool, typer.Option("--edit", help="The same, in your $EDITOR.")] = False,
     progress: Annotated[int | None, typer.Option(metavar="REPLAY", help="Show how far a replay is.")] = None,
     pause: Annotated[int | None, typer.Option(metavar="REPLAY", help="Pause a running replay.")] = None,
-    resume: Annotated[int | None, typer.Option(metavar="REPLAY", help="Go on with one that was paused, stopped or left.")] = None,
+    resume: Annotated[
+        int | None, typer.Option(metavar="REPLAY", help="Go on with one that was paused, stopped or left.")
+    ] = None,
     cancel: Annotated[int | None, typer.Option(metavar="REPLAY", help="Send no more of a replay.")] = None,
     history: Annotated[bool, typer.Option("--history", help="List the last replays.")] = False,
     actor: Actor = None,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run dead letters again: exactly those meant, each once, in one transaction with their change of state."""
+    """Run dead letters again: exactly those meant, each once."""
     sheet, who = get_settings().topology, actor or _user()
     if history:
         with _session() as session:
@@ -299,7 +360,10 @@ def replay_(
         _drive(resume, sheet, wait=wait, as_json=as_json)
         return
     chosen: dict[str, Any] = {
-        "target_queue": to, "max_replays": max_replays, "limit": limit, "everything": everything
+        "target_queue": to,
+        "max_replays": max_replays,
+        "limit": limit,
+        "everything": everything,
     }
     with _session() as session:
         plan = replay.plan(session, which, sheet, **chosen)
@@ -310,7 +374,9 @@ def replay_(
     if not reason:
         raise DeadLetterError("say why with --reason")
     if (message or edit) and (len(which.ids) != 1 or which.as_json().keys() - {"ids", "states"}):
-        raise DeadLetterError("an edited message belongs to one dead letter: name its number and nothing else")
+        raise DeadLetterError(
+            "an edited message belongs to one dead letter: name its number and nothing else"
+        )
     if message or edit:
         _edit(which.ids[0], message.read() if message else None, who, reason)
     elif eligible > 1 and sys.stdin.isatty() and not yes:
@@ -318,7 +384,15 @@ def replay_(
         typer.confirm(f"Replay these {eligible:,}?", abort=True)
     with _session() as session:
         number = replay.start(
-            session, which, sheet, actor=who, reason=reason, rate=rate, canary=canary, stop_ratio=stop_ratio, **chosen
+            session,
+            which,
+            sheet,
+            actor=who,
+            reason=reason,
+            rate=rate,
+            canary=canary,
+            stop_ratio=stop_ratio,
+            **chosen,
         )
     _drive(number, sheet, wait=wait, as_json=as_json)
 
@@ -329,7 +403,9 @@ def ignore(
     which: Filter,
     reason: Reason,
     undo: Annotated[bool, typer.Option("--undo", help="Take ignored ones back to pending.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Every pending one; needed without a filter.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every pending one; needed without a filter.")
+    ] = False,
     actor: Actor = None,
     as_json: AsJson = False,
 ) -> None:
@@ -407,9 +483,13 @@ def import_(
 def purge(
     which: Filter,
     reason: Reason,
-    export_to: Annotated[Path | None, typer.Option("--export", help="A new file that they are written to first.")] = None,
+    export_to: Annotated[
+        Path | None, typer.Option("--export", help="A new file that they are written to first.")
+    ] = None,
     without_export: Annotated[bool, typer.Option("--without-export", help="Delete for good.")] = False,
-    open_too: Annotated[bool, typer.Option("--open-too", help="Allow open ones, if the filter means them.")] = False,
+    open_too: Annotated[
+        bool, typer.Option("--open-too", help="Allow open ones, if the filter means them.")
+    ] = False,
     actor: Actor = None,
     yes: Yes = False,
     as_json: AsJson = False,
@@ -447,7 +527,11 @@ def stats(as_json: AsJson = False) -> None:
     table = Table("state", "class", "queue", "count", "oldest", "newest")
     for row in rows:
         table.add_row(
-            row["state"], row["failure_class"], _cell(row["queue"]), f"{row['count']:,}", _ago(row["oldest"]),
+            row["state"],
+            row["failure_class"],
+            _cell(row["queue"]),
+            f"{row['count']:,}",
+            _ago(row["oldest"]),
             _ago(row["newest"]),
         )
     _print(table, "No dead letters." if not rows else None)
@@ -478,9 +562,7 @@ def _edit(number: int, given: str | None, actor: str, reason: str) -> None:
     with _session() as session:
         form = editable(store.show(session, number).message, reveal=True)
         if given is None:
-            given = typer.edit(json.dumps(form, indent=2), extension=".json", require_save=True)
-            if given is None:
-                raise DeadLetterError("nothing was saved, nothing was done")
+            given = _in_editor(json.dumps(form, indent=2))
         try:
             changed = json.loads(given)
         except (ValueError, RecursionError) as error:
@@ -489,6 +571,17 @@ def _edit(number: int, given: str | None, actor: str, reason: str) -> None:
             raise DeadLetterError("the edited message is not an object")
         diff = store.edit(session, number, changed, actor=actor, reason=reason)
     print(printable(diff), file=sys.stderr)
+
+
+def _in_editor(text: str) -> str:
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    with tempfile.NamedTemporaryFile("w+", suffix=".json") as file:  # readable by its owner alone
+        file.write(text)
+        file.flush()
+        words = [*shlex.split(editor), file.name]
+        if subprocess.run(words, check=False).returncode:  # noqa: S603 - the user's own editor
+            raise DeadLetterError(f"the editor ({editor}) failed, nothing was done")
+        return Path(file.name).read_text()
 
 
 def _drive(number: int, sheet: Topology, *, wait: bool, as_json: bool) -> None:
@@ -509,15 +602,17 @@ def _drive(number: int, sheet: Topology, *, wait: bool, as_json: bool) -> None:
         print(file=sys.stderr)
     _print_progress([end], as_json=as_json)
     if end.state in ("stopped", "paused"):
-        sys.exit(f"Replay {number} {end.state}: {printable(end.state_reason or '')}. Go on with --resume {number}")
+        sys.exit(
+            f"Replay {number} {end.state}: {printable(end.state_reason or '')}. Go on with --resume {number}"
+        )
     if wait and end.failed_again:
         sys.exit(f"{end.failed_again:,} failed again; see: skeldir dlq groups")
 
 
 def _counts(now: replay.Progress) -> str:
     return (
-        f"{now.state}, {now.sent:,} of {now.total:,} sent, {now.in_flight:,} under way, {now.succeeded:,} succeeded, "
-        f"{now.failed_again:,} failed again, {now.skipped:,} skipped"
+        f"{now.state}, {now.sent:,} of {now.total:,} sent, {now.in_flight:,} under way,"
+        f" {now.succeeded:,} succeeded, {now.failed_again:,} failed again, {now.skipped:,} skipped"
     )
 
 
@@ -541,8 +636,12 @@ def _print_plan(plan: Sequence[replay.PlannedGroup], *, as_json: bool) -> None:
     for group in plan:
         why = "\n".join(f"{count:,}: {reason}" for reason, count in group.refused.items())
         table.add_row(
-            group.fingerprint, group.failure_class, _cell(group.task), _cell(group.error_type),
-            f"{group.eligible:,}", printable(why),
+            group.fingerprint,
+            group.failure_class,
+            _cell(group.task),
+            _cell(group.error_type),
+            f"{group.eligible:,}",
+            printable(why),
         )
     _print(table, "Nothing matches." if not plan else None)
 

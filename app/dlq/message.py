@@ -1,4 +1,4 @@
-"""A stored message: what can be read of it without running any of it, and the form in which it is replayed."""
+"""A stored message: what can be read of it without running any of it, and the form it is replayed in."""
 
 import base64
 import binascii
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.core.topology import Queue
-from app.observability.context import CORRELATION_HEADER
 from app.dlq.text import redacted
+from app.observability.context import CORRELATION_HEADER
 
 REPLAY_HEADER = "skeldir_replay_of"
 """The header that leads a replay's outcome back to its row; Celery carries it on into retries of the task."""
@@ -92,7 +92,9 @@ def read(payload: str) -> Message:
     return Message(envelope, task, task_id, *body)
 
 
-def tenant_of(message: Message, bind: Callable[[str, list[Any], dict[str, Any]], Any] | None = None) -> str | None:
+def tenant_of(
+    message: Message, bind: Callable[[str, list[Any], dict[str, Any]], Any] | None = None
+) -> str | None:
     """The tenant a message is for, by its header or its argument `tenant_id`; None unless it is a UUID.
 
     Args:
@@ -158,8 +160,14 @@ def edited(message: Message, form: Mapping[str, Any]) -> tuple[str, Message]:
     """
     unknown = set(form) - {"task", "id", "args", "kwargs"}
     if unknown:
-        raise InvalidMessageError(f"only task, id, args and kwargs can be edited, not {', '.join(sorted(unknown))}")
-    body = [form.get("args", message.args) or [], form.get("kwargs", message.kwargs) or {}, message.embed or {}]
+        raise InvalidMessageError(
+            f"only task, id, args and kwargs can be edited, not {', '.join(sorted(unknown))}"
+        )
+    body = [
+        form.get("args", message.args) or [],
+        form.get("kwargs", message.kwargs) or {},
+        message.embed or {},
+    ]
     headers = {key: value for key, value in message.headers.items() if key not in ("argsrepr", "kwargsrepr")}
     headers |= {
         "task": form.get("task", message.task),
@@ -184,11 +192,11 @@ def edited(message: Message, form: Mapping[str, Any]) -> tuple[str, Message]:
 
 def difference(before: Message, after: Message) -> str:
     """What an edit changed, as a unified diff."""
-    lines = [
-        json.dumps(editable(message, reveal=True), indent=2, sort_keys=True).splitlines()
-        for message in (before, after)
-    ]
-    return "\n".join(difflib.unified_diff(*lines, "before", "after", lineterm=""))
+
+    def lines(message: Message) -> list[str]:
+        return json.dumps(editable(message, reveal=True), indent=2, sort_keys=True).splitlines()
+
+    return "\n".join(difflib.unified_diff(lines(before), lines(after), "before", "after", lineterm=""))
 
 
 def _body(message: Message) -> Any:
@@ -211,7 +219,7 @@ def _body(message: Message) -> Any:
 
 
 def check(headers: Any, content: Any) -> None:
-    """What Celery takes on trust of a decoded message, and where it would end the worker instead of the message.
+    """Look at what Celery takes on trust of a message; what is wrong with it would end the worker.
 
     Raises:
         InvalidMessageError: the message can't be run.
@@ -271,7 +279,11 @@ def _check_depth(value: Any) -> None:
             item
             for container in level
             for item in (
-                container.values() if isinstance(container, dict) else container if isinstance(container, list) else ()
+                container.values()
+                if isinstance(container, dict)
+                else container
+                if isinstance(container, list)
+                else ()
             )
             if isinstance(item, dict | list)
         ]

@@ -1,7 +1,9 @@
-"""Bring dead letters back: row, message and audit change in one transaction, so a job is never lost or sent twice.
+"""Bring dead letters back: row, message and audit change in one transaction, so no job is lost or sent twice.
 
-A replay is a list of rows chosen once (`start`) and sent in steps (`step`), each a transaction: all at once without
-a rate, else as many as the rate allows. Whoever drives it (`run`) can die at any point; `run` goes on from there.
+A replay is a list of rows chosen once (`start`) and sent in steps (`step`), each a transaction: all at once
+without
+a rate, else as many as the rate allows. Whoever drives it (`run`) can die at any point; `run` goes on from
+there.
 """
 
 import json
@@ -174,7 +176,8 @@ def start(
         The number of the replay.
 
     Raises:
-        DeadLetterError: the filter is empty, the target unknown, a number out of range, or no row is eligible.
+        DeadLetterError: the filter is empty, the target unknown, a number out of range, or no row is
+        eligible.
     """
     which = _checked(which, topology, target_queue, everything)
     if not reason.strip():
@@ -193,12 +196,12 @@ def start(
     )
     if not ids:
         raise DeadLetterError("none of these can be replayed; a dry run says why")
-    return session.execute(
+    number: int = session.execute(
         text(
             "INSERT INTO celery_task_failure_replays"
             " (actor, reason, filter, target_queue, rate, canary, stop_ratio, max_replays, failure_ids)"
-            " VALUES (:actor, :reason, CAST(:filter AS jsonb), :target, :rate, :canary, :stop_ratio, :max_replays, :ids)"
-            " RETURNING id"
+            " VALUES (:actor, :reason, CAST(:filter AS jsonb), :target, :rate, :canary, :stop_ratio,"
+            " :max_replays, :ids) RETURNING id"
         ),
         {
             "actor": actor,
@@ -212,6 +215,7 @@ def start(
             "ids": ids,
         },
     ).scalar_one()
+    return number
 
 
 def progress(session: Session, replay_id: int) -> Progress:
@@ -223,7 +227,8 @@ def progress(session: Session, replay_id: int) -> Progress:
     row = session.execute(
         text(
             """
-            SELECT r.id, r.state, r.state_reason, r.actor, r.reason, r.target_queue, r.rate, r.canary, r.stop_ratio,
+            SELECT r.id, r.state, r.state_reason, r.actor, r.reason, r.target_queue, r.rate, r.canary,
+                r.stop_ratio,
                 r.max_replays, cardinality(r.failure_ids) AS total, r.position, r.skipped, r.created_at,
                 o.in_flight, o.succeeded, o.failed_again
             FROM celery_task_failure_replays r, LATERAL (
@@ -392,7 +397,8 @@ def _send(session: Session, replay_id: int, topology: Topology, target_queue: st
             """
             UPDATE celery_task_failures f SET state = 'in_progress', replays = f.replays + 1,
                 replay_id = :replay, message_id = m.message_id
-            FROM unnest(CAST(:ids AS bigint[]), CAST(:messages AS bigint[])) AS m (id, message_id) WHERE f.id = m.id
+            FROM unnest(CAST(:ids AS bigint[]), CAST(:messages AS bigint[])) AS m (id, message_id) WHERE
+                f.id = m.id
             """
         ),
         {"replay": replay_id, "ids": ids, "messages": messages},
@@ -423,7 +429,9 @@ def _stop_if_too_many_fail(session: Session, now: Progress) -> None:
 
 def _checked(which: Filter, topology: Topology, target_queue: str | None, everything: bool) -> Filter:
     if which.empty and not everything:
-        raise DeadLetterError("an empty filter means every dead letter; say so with --all, or name what you mean")
+        raise DeadLetterError(
+            "an empty filter means every dead letter; say so with --all, or name what you mean"
+        )
     if target_queue is not None and target_queue not in topology.queues:
         raise DeadLetterError(f"there is no queue {target_queue}; the sheet has {', '.join(topology.queues)}")
     return which
@@ -471,7 +479,9 @@ def _driver(engine: Engine, replay_id: int) -> Iterator[None]:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         lock = {"key": _DRIVER_LOCK, "id": replay_id}
         if not connection.execute(text("SELECT pg_try_advisory_lock(:key, :id)"), lock).scalar_one():
-            raise DeadLetterError(f"replay {replay_id} is being driven by another session; watch it with --progress")
+            raise DeadLetterError(
+                f"replay {replay_id} is being driven by another session; watch it with --progress"
+            )
         try:
             yield
         finally:

@@ -49,7 +49,9 @@ class Filter:
         if unknown or not self.states:
             raise DeadLetterError(f"{unknown or 'nothing'} is no state; there are {', '.join(STATES)}")
         if self.failure_class not in (None, *FAILURE_CLASSES):
-            raise DeadLetterError(f"{self.failure_class!r} is no class; there are {', '.join(FAILURE_CLASSES)}")
+            raise DeadLetterError(
+                f"{self.failure_class!r} is no class; there are {', '.join(FAILURE_CLASSES)}"
+            )
         if any(not 0 < row < 2**63 for row in self.ids):
             raise DeadLetterError("an id is a number above 0")
         for name in ("since", "until"):
@@ -63,7 +65,7 @@ class Filter:
         return dataclasses.replace(self, states=OPEN) == Filter()
 
     def where(self) -> tuple[str, dict[str, Any]]:
-        """The condition on `f`, celery_task_failures, and its parameters; no value is ever part of the SQL."""
+        """The condition on `f`, celery_task_failures, and its parameters; no value is part of the SQL."""
         values: dict[str, Any] = {
             "ids": list(self.ids) or None,
             "queue": self.queue,
@@ -207,10 +209,11 @@ def find(
 def count(session: Session, which: Filter) -> int:
     """How many rows are meant."""
     where, values = which.where()
-    return session.execute(
+    number: int = session.execute(
         text(f"SELECT count(*) FROM celery_task_failures f WHERE {where}"),  # noqa: S608 - constants
         values,
     ).scalar_one()
+    return number
 
 
 def groups(session: Session, which: Filter, *, limit: int = 50) -> list[Group]:
@@ -249,9 +252,15 @@ def show(session: Session, failure_id: int) -> Details:
     found = find(session, Filter(ids=(failure_id,), states=STATES), limit=1)
     if not found:
         raise DeadLetterError(f"there is no dead letter {failure_id}")
-    versions = _dicts(session, "SELECT * FROM celery_task_failure_payloads WHERE failure_id = :id", failure_id, "version")
-    errors = _dicts(session, "SELECT * FROM celery_task_failure_errors WHERE failure_id = :id", failure_id, "number")
-    history = _dicts(session, "SELECT * FROM celery_task_failure_audit WHERE failure_id = :id", failure_id, "id")
+    versions = _dicts(
+        session, "SELECT * FROM celery_task_failure_payloads WHERE failure_id = :id", failure_id, "version"
+    )
+    errors = _dicts(
+        session, "SELECT * FROM celery_task_failure_errors WHERE failure_id = :id", failure_id, "number"
+    )
+    history = _dicts(
+        session, "SELECT * FROM celery_task_failure_audit WHERE failure_id = :id", failure_id, "id"
+    )
     payload = versions[-1].pop("payload") if versions else ""
     for version in versions:
         version.pop("payload", None)
@@ -278,7 +287,7 @@ def ignore(session: Session, which: Filter, *, actor: str, reason: str) -> list[
     Raises:
         DeadLetterError: without a reason.
     """
-    return _change(session, which, "state = 'ignored'", "pending", {}, actor, reason)
+    return _change(session, which, "state = 'ignored'", "pending", actor=actor, reason=reason)
 
 
 def reopen(session: Session, which: Filter, *, actor: str, reason: str) -> list[int]:
@@ -288,19 +297,29 @@ def reopen(session: Session, which: Filter, *, actor: str, reason: str) -> list[
         DeadLetterError: without a reason.
     """
     which = dataclasses.replace(which, states=("ignored",))
-    return _change(session, which, "state = 'pending'", "ignored", {}, actor, reason)
+    return _change(session, which, "state = 'pending'", "ignored", actor=actor, reason=reason)
 
 
 def note(session: Session, which: Filter, note: str, *, actor: str) -> list[int]:
     """Write a note on rows, in place of the one before. Returns their ids."""
-    return _change(session, which, "note = :note", None, {"note": _storable(note) or None}, actor, "note")
+    return _change(
+        session,
+        which,
+        "note = :note",
+        None,
+        values={"note": _storable(note) or None},
+        actor=actor,
+        reason="note",
+    )
 
 
 def assign(session: Session, which: Filter, assignee: str | None, *, actor: str) -> list[int]:
     """Say who cares for rows; None for nobody. Returns their ids."""
-    values = {"assignee": _storable(assignee) or None}
-    return _change(session, which, "assignee = :new_assignee", None, {"new_assignee": values["assignee"]}, actor,
-                   f"assigned to {assignee or 'nobody'}")
+    values = {"new_assignee": _storable(assignee) or None}
+    reason = f"assigned to {assignee or 'nobody'}"
+    return _change(
+        session, which, "assignee = :new_assignee", None, values=values, actor=actor, reason=reason
+    )
 
 
 def edit(session: Session, failure_id: int, form: dict[str, Any], *, actor: str, reason: str) -> str:
@@ -337,7 +356,9 @@ def edit(session: Session, failure_id: int, form: dict[str, Any], *, actor: str,
         },
     ).scalar_one()
     if version is None:
-        raise DeadLetterError(f"dead letter {failure_id} is {before.row.state}; only a pending one can be edited")
+        raise DeadLetterError(
+            f"dead letter {failure_id} is {before.row.state}; only a pending one can be edited"
+        )
     return diff
 
 
@@ -370,7 +391,8 @@ def insert(
         The id of the row: a new one, or, for a replay, the one it came from.
     """
     cursor.execute(
-        "SELECT celery_task_failure_capture(%s, %s, %s, %s, %s, %s, %s::uuid, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s,"
+        "SELECT celery_task_failure_capture(%s, %s, %s, %s, %s, %s, %s::uuid, %s, %s, %s, %s, %s, %s, %s,"
+        " %s, %s, %s,"
         " %s, %s, %s)",
         (
             message_id,
@@ -411,7 +433,8 @@ def _change(
     which: Filter,
     assignment: str,
     state: State | None,
-    values: dict[str, Any],
+    *,
+    values: dict[str, Any] | None = None,
     actor: str,
     reason: str,
 ) -> list[int]:
@@ -424,13 +447,15 @@ def _change(
     act_as(session, actor, reason)
     rows = session.execute(
         text(f"UPDATE celery_task_failures f SET {assignment} WHERE {where} RETURNING f.id"),  # noqa: S608
-        parameters | values,
+        parameters | (values or {}),
     )
     return sorted(rows.scalars())
 
 
 def _dicts(session: Session, query: str, failure_id: int, order: str) -> list[dict[str, Any]]:
-    return [dict(row._mapping) for row in session.execute(text(f"{query} ORDER BY {order}"), {"id": failure_id})]
+    return [
+        dict(row._mapping) for row in session.execute(text(f"{query} ORDER BY {order}"), {"id": failure_id})
+    ]
 
 
 def _row(mapping: Any) -> Row:
@@ -454,10 +479,14 @@ def _storable(value: Any) -> Any:
 def ids_of(session: Session, which: Filter, *, limit: int | None = None) -> Sequence[int]:
     """The ids meant, what failed first at the front."""
     where, values = which.where()
-    return session.execute(
-        text(
-            f"SELECT f.id FROM celery_task_failures f WHERE {where}"  # noqa: S608 - constants
-            " ORDER BY f.first_failed_at, f.id LIMIT :limit"
-        ),
-        values | {"limit": limit},
-    ).scalars().all()
+    return (
+        session.execute(
+            text(
+                f"SELECT f.id FROM celery_task_failures f WHERE {where}"  # noqa: S608 - constants
+                " ORDER BY f.first_failed_at, f.id LIMIT :limit"
+            ),
+            values | {"limit": limit},
+        )
+        .scalars()
+        .all()
+    )

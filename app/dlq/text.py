@@ -12,11 +12,12 @@ TRACEBACK_LIMIT = 32_000
 
 HIDDEN = "[hidden]"
 
-_SECRET_WORD = (
+_HIDDEN_NAME = (
     r"(?:pass(?:word|wd|phrase)?|pwd|secret|token|api[_-]?key|access[_-]?key|private[_-]?key|authorization"
     r"|credentials?|cookie|session[_-]?id|dsn)"
 )
-# Every repetition has a bound: this runs on what a failing job said, and may not take longer than the job did.
+# Every repetition has a bound: this runs on what a failing job said, and may not take longer than the job
+# did.
 _SECRETS = [
     (re.compile(r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----.{0,8000}?(?:-----END|\Z)", re.S), HIDDEN),
     # scheme://user:password@host, also when the password holds an @
@@ -25,7 +26,7 @@ _SECRETS = [
     # password=…, "api_key": "…", --token=…
     (
         re.compile(
-            rf"(?P<keep>{_SECRET_WORD}[\w-]{{0,30}}[\"']?\s{{0,3}}(?:=>|[=:])\s{{0,3}})"
+            rf"(?P<keep>{_HIDDEN_NAME}[\w-]{{0,30}}[\"']?\s{{0,3}}(?:=>|[=:])\s{{0,3}})"
             r"(?:\"(?:[^\"\\]|\\.){0,4000}\"|'(?:[^'\\]|\\.){0,4000}'|[^\s,;&)}\]]{1,4000})",
             re.I,
         ),
@@ -35,8 +36,8 @@ _SECRETS = [
     (re.compile(r"\beyJ[\w-]{8,2000}\.[\w-]{8,4000}\.[\w-]{0,2000}"), HIDDEN),  # a JSON web token
 ]
 _PERSONAL = re.compile(
-    rf"{_SECRET_WORD}|e[_-]?mail|phone|mobile|(?:first|last|full|sur|user|maiden)[_-]?name|^name$|address|street"
-    r"|birth|ssn|passport|iban|card|account[_-]?n|tax[_-]?id|ip[_-]?addr",
+    rf"{_HIDDEN_NAME}|e[_-]?mail|phone|mobile|(?:first|last|full|sur|user|maiden)[_-]?name|^name$|address"
+    r"|street|birth|ssn|passport|iban|card|account[_-]?n|tax[_-]?id|ip[_-]?addr",
     re.I,
 )
 
@@ -76,10 +77,10 @@ def kept(text: str, limit: int) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with everything that could act on a terminal made visible; line breaks and tabs stay.
+    r"""The text with everything that could act on a terminal made visible; line breaks and tabs stay.
 
     Escape sequences, other control characters and what reverses or hides text (bidirectional and zero-width
-    characters) become `\\x1b` and the like.
+    characters) become `\x1b` and the like.
     """
     return "".join(
         char

@@ -1,7 +1,8 @@
 """A worker whose failures become dead letters: what Celery would acknowledge, the broker is told to give up.
 
 Both classes are mixed into whatever request and consumer the application has. They act in the worker's main
-process, the only one that sees exceptions, both time limits and lost children. With a broker other than the one
+process, the only one that sees exceptions, both time limits and lost children. With a broker other than the
+one
 on Postgres nothing changes.
 """
 
@@ -53,7 +54,7 @@ class DeadLetterRequest:
             # Celery would end the whole worker for it, though it was one task that asked for too much.
             exc_info = copy(exc_info)
             exc_info.exception = RuntimeError(f"MemoryError: {error}")
-        super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc] # of the class mixed with
+        super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc] # the one mixed with
 
     def on_timeout(self: Any, soft: bool, timeout: float) -> None:
         """A time limit passed; the soft one is raised inside the task."""
@@ -72,7 +73,11 @@ class DeadLetterRequest:
         self._failure = None
         if reason == "expired":
             self._failure = Failure.of(
-                "expired", "Expired", f"it expired at {self.expires} before it was run", None, self.hostname, 0
+                "expired",
+                "Expired",
+                f"it expired at {self.expires} before it was run",
+                worker=self.hostname,
+                attempts=0,
             )
         super()._announce_revoked(reason, *args)  # type: ignore[misc]
 
@@ -107,9 +112,17 @@ class DeadLetterConsumer:
             try:
                 check(message.headers, message.payload)
             except Exception as error:  # whatever a message can do to a decoder is its own fault
-                problem = str(error) if isinstance(error, InvalidMessageError) else f"it can't be decoded: {error}"
-                logger.error("A message that can't be run was given up: %s", type(error).__name__)
-                give_up(message, FAILED, Failure.of("invalid", "InvalidMessage", problem, None, self.hostname, 0))
+                problem = (
+                    str(error) if isinstance(error, InvalidMessageError) else f"it can't be decoded: {error}"
+                )
+                logger.error(  # noqa: TRY400 - a traceback would show the message
+                    "A message that can't be run was given up: %s", type(error).__name__
+                )
+                give_up(
+                    message,
+                    FAILED,
+                    Failure.of("invalid", "InvalidMessage", problem, worker=self.hostname, attempts=0),
+                )
                 message.reject_log_error(logger, self.connection_errors)
                 return
             handle(message)
@@ -118,7 +131,11 @@ class DeadLetterConsumer:
 
     def on_invalid_task(self: Any, body: Any, message: Any, exc: Exception) -> None:
         """Its headers have the right types but make no sense."""
-        give_up(message, FAILED, Failure.of("invalid", type(exc).__name__, str(exc), None, self.hostname, 0))
+        give_up(
+            message,
+            FAILED,
+            Failure.of("invalid", type(exc).__name__, str(exc), worker=self.hostname, attempts=0),
+        )
         super().on_invalid_task(body, message, exc)  # type: ignore[misc]
 
 
@@ -130,14 +147,15 @@ class _Counters(Collector):
         written = CounterMetricFamily("celery_dead_letters_written", "Dead letters this worker wrote.")
         written.add_metric([], self._dead_letters.written)
         errors = CounterMetricFamily(
-            "celery_dead_letter_write_errors", "Attempts to write a dead letter that failed; its message stays held."
+            "celery_dead_letter_write_errors",
+            "Attempts to write a dead letter that failed; its message stays held.",
         )
         errors.add_metric([], self._dead_letters.errors)
         yield from (written, errors)
 
 
 def install(app: Celery, dead_letters: DeadLetters) -> None:
-    """Let every worker of `app` hand its failures over; after whatever else gives it a request and a consumer."""
+    """Let every worker of `app` hand its failures over; last of what gives it a request and a consumer."""
 
     @signals.celeryd_init.connect(weak=False)
     def mix_in(instance: Any, conf: Any, **_: Any) -> None:
@@ -145,7 +163,9 @@ def install(app: Celery, dead_letters: DeadLetters) -> None:
             return
         request = symbol_by_name(app.Task.Request)
         app.Task.Request = type("Request", (DeadLetterRequest, request), {})
-        conf.worker_consumer = type("Consumer", (DeadLetterConsumer, symbol_by_name(conf.worker_consumer)), {})
+        conf.worker_consumer = type(
+            "Consumer", (DeadLetterConsumer, symbol_by_name(conf.worker_consumer)), {}
+        )
         if metrics := getattr(request, "metrics", None):
             registry: CollectorRegistry = metrics.registry
             registry.register(_Counters(dead_letters))

@@ -6,16 +6,12 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from celery import current_task
-from sqlalchemy.exc import InterfaceError, OperationalError
 
 from app.db.session import parse_tenant_id
 from app.observability.context import current_context, set_context, set_tenant
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-TRANSIENT = (OperationalError, InterfaceError)
-"""What may pass when the database is restarted or busy: worth a retry as the sheet allows it."""
 
 
 def tenant_task(function: Callable[P, R]) -> Callable[P, R]:

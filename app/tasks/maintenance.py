@@ -9,7 +9,7 @@ from sqlalchemy import Text, cast, delete, func, select
 
 from app.db.models import Event
 from app.db.session import get_session
-from app.tasks.context import TRANSIENT, tenant_task
+from app.tasks.context import tenant_task
 
 RETENTION_DAYS = 90
 BATCH = 1_000
@@ -22,7 +22,7 @@ _PII = {
 }
 
 
-@shared_task(autoretry_for=TRANSIENT)
+@shared_task
 def refresh_all_materialized_views() -> dict[str, list[str]]:
     """Refresh every materialized view of the schema; answers their names.
 
@@ -33,7 +33,7 @@ def refresh_all_materialized_views() -> dict[str, list[str]]:
         return {"refreshed": list(session.scalars(select(func.refresh_all_materialized_views())))}
 
 
-@shared_task(autoretry_for=TRANSIENT)
+@shared_task
 @tenant_task
 def scan_for_pii_contamination(tenant_id: UUID) -> dict[str, Any]:
     """Count the tenant's events whose payload looks as if it held personal data, by kind; never shows any."""
@@ -47,7 +47,7 @@ def scan_for_pii_contamination(tenant_id: UUID) -> dict[str, Any]:
     return {"scanned": counts.pop("scanned"), "suspects": counts}
 
 
-@shared_task(autoretry_for=TRANSIENT)
+@shared_task
 @tenant_task
 def enforce_data_retention(tenant_id: UUID, days: int = RETENTION_DAYS) -> dict[str, int]:
     """Delete the tenant's events older than `days`, a batch a transaction: no lock is held for long."""

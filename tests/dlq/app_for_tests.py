@@ -3,11 +3,11 @@
 import os
 import time
 
+import app.broker
 from celery import Celery
 from celery.exceptions import Ignore, Reject
 from kombu import Exchange, Queue
 
-import app.broker
 from app.dlq import worker
 from app.dlq.capture import DeadLetters
 from app.tasks.base import PolicyTask
@@ -23,7 +23,9 @@ celery.conf.update(
     task_ignore_result=True,
     worker_prefetch_multiplier=4,
     broker_connection_retry_on_startup=True,
-    broker_transport_options={"delivery_limits": {"housekeeping": int(os.environ.get("DELIVERY_LIMIT", "2"))}},
+    broker_transport_options={
+        "delivery_limits": {"housekeeping": int(os.environ.get("DELIVERY_LIMIT", "2"))}
+    },
 )
 dead_letters = DeadLetters(lambda task: task in celery.tasks)
 app.broker.register(on_dead=dead_letters)

@@ -1,4 +1,4 @@
-"""What the tests of the dead letters share: a database with queues, and workers whose jobs fail in every way."""
+"""What the tests of the dead letters share: a database with queues, and workers whose jobs fail."""
 
 import os
 import signal

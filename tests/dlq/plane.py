@@ -20,15 +20,21 @@ from app.dlq.message import REPLAY_HEADER, read, tenant_of
 TASK = "app.tasks.housekeeping.ping"
 TENANT_A = "aaaaaaaa-0000-4000-8000-000000000001"
 TENANT_B = "bbbbbbbb-0000-4000-8000-000000000002"
-TRACEBACK = 'Traceback (most recent call last):\n  File "/srv/app/tasks/x.py", line 3, in run\nValueError: no\n'
+TRACEBACK = (
+    'Traceback (most recent call last):\n  File "/srv/app/tasks/x.py", line 3, in run\nValueError: no\n'
+)
 
 _numbers = itertools.count(1)
 
 
-def payload(*, task: str = TASK, task_id: str | None = None, args: Any = (), headers: Any = None, **kwargs: Any) -> str:
+def payload(
+    *, task: str = TASK, task_id: str | None = None, args: Any = (), headers: Any = None, **kwargs: Any
+) -> str:
     """A message as Celery publishes it."""
     task_id = task_id or str(uuid.uuid4())
-    body = json.dumps([list(args), kwargs, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])
+    body = json.dumps(
+        [list(args), kwargs, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
+    )
     return json.dumps(
         {
             "body": base64.b64encode(body.encode()).decode(),
@@ -111,7 +117,9 @@ class Plane:
         finally:
             connection.close()
 
-    def fail(self, message: str | None = None, failure: Failure | None = None, queue: str = "housekeeping") -> int:
+    def fail(
+        self, message: str | None = None, failure: Failure | None = None, queue: str = "housekeeping"
+    ) -> int:
         """Publish a message and let it fail for good; the id of its row."""
         return self.capture(self.publish(message, queue), failure)
 
@@ -131,7 +139,9 @@ class Plane:
                 cursor.execute("BEGIN")
                 cursor.execute("DELETE FROM kombu_message WHERE id = %s", (id_,))
                 if row := message["headers"].get(REPLAY_HEADER):
-                    cursor.execute("SELECT celery_task_failure_resolve(%s, %s)", (row, message["headers"]["id"]))
+                    cursor.execute(
+                        "SELECT celery_task_failure_resolve(%s, %s)", (row, message["headers"]["id"])
+                    )
                 cursor.execute("COMMIT")
         finally:
             connection.close()

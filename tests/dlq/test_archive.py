@@ -4,15 +4,17 @@ import io
 import json
 
 import pytest
-from tests.dlq.plane import TENANT_A, Plane, payload
 from sqlalchemy import text
 
 from app.dlq import archive, replay, store
 from app.dlq.classify import Failure
 from app.dlq.store import STATES, DeadLetterError, Filter
+from tests.dlq.plane import TENANT_A, Plane, payload
 
 EVERYTHING = Filter(states=STATES)
-KEPT = "uid, state, class, task, task_id, tenant_id, error_message, fingerprint, attempts, failures, first_failed_at, note"
+KEPT = (
+    "uid, state, class, task, task_id, tenant_id, error_message, fingerprint, failures, first_failed_at, note"
+)
 
 
 def rows(plane: Plane, columns: str = KEPT) -> list[tuple[object, ...]]:
@@ -35,7 +37,9 @@ def age(plane: Plane, days: int) -> None:
 
 def tend(plane: Plane) -> tuple[int, int]:
     with plane.session("app_user") as session:
-        done = session.execute(text("SELECT * FROM celery_task_failure_tend('30 days', '90 days', '1 hour', 1000)")).one()
+        done = session.execute(
+            text("SELECT * FROM celery_task_failure_tend('30 days', '90 days', '1 hour', 1000)")
+        ).one()
     return done.purged, done.not_exported
 
 
@@ -53,8 +57,11 @@ def test_an_export_that_was_purged_comes_back_and_can_be_replayed(plane: Plane) 
         assert archive.restore(session, lines, actor="m", reason="back").added == 3
         assert archive.restore(session, lines, actor="m", reason="again").here_already == 3
     assert rows(plane) == before
-    assert plane.scalar("SELECT payload FROM celery_task_failure_payloads p JOIN celery_task_failures f ON f.id ="
-                        f" p.failure_id WHERE tenant_id = '{TENANT_A}'") == odd  # fmt: skip
+    kept = plane.scalar(
+        "SELECT payload FROM celery_task_failure_payloads p JOIN celery_task_failures f ON f.id = failure_id"
+        f" WHERE tenant_id = '{TENANT_A}'"
+    )
+    assert kept == odd
     assert [action for (action,) in plane.database.rows(
         "SELECT action FROM celery_task_failure_audit WHERE action IN ('purged', 'imported') ORDER BY id")
     ] == ["purged"] * 3 + ["imported"] * 3  # fmt: skip
@@ -79,7 +86,7 @@ def test_a_line_that_is_broken_stops_the_import_and_says_which(plane: Plane) -> 
     out = io.StringIO()
     with plane.session() as session:
         archive.purge(session, EVERYTHING, out, actor="m", reason="r", open_too=True)
-        with pytest.raises(DeadLetterError, match="line 2 .* the 1 before it were read"):
+        with pytest.raises(DeadLetterError, match=r"line 2 .* the 1 before it were read"):
             archive.restore(session, [out.getvalue(), "{"], actor="m", reason="r")
     assert len(rows(plane)) == 1
 
@@ -101,7 +108,9 @@ def test_retention_deletes_what_is_over_and_was_exported(plane: Plane) -> None:
     for row in (exported, unexported):
         close(plane, row)
     with plane.session() as session:
-        archive.export(session, Filter(ids=(exported, waiting), states=STATES), io.StringIO(), actor="m", reason="r")
+        archive.export(
+            session, Filter(ids=(exported, waiting), states=STATES), io.StringIO(), actor="m", reason="r"
+        )
     age(plane, 100)
     close(plane, young)
     assert tend(plane) == (1, 1)

@@ -27,7 +27,10 @@ CASES: dict[str, tuple[str, str]] = {
     payload(task="t.ok", task_id="expired", headers=EXPIRED): ("expired", "Expired"),
     payload(task="t.ok", task_id="bad_expires", headers={"expires": "2020-99-99T"}): ("invalid", ""),
     payload(task="t.ok", task_id="bad_retries", headers={"retries": "x"}): ("invalid", ""),
-    payload(task="t.ok", task_id="args").replace('"application/json"', '"application/x-python-serialize"'): ("invalid", ""),
+    payload(task="t.ok", task_id="args").replace('"application/json"', '"application/x-python-serialize"'): (
+        "invalid",
+        "",
+    ),
     payload(task="t.ok", task_id="body").replace('"body": "', '"body": "x'): ("invalid", ""),
     payload(task_id="list", headers={"task": ["t.ok"]}): ("invalid", ""),
     payload(task_id="dict", headers={"task": {"a": 1}}): ("invalid", ""),
@@ -127,7 +130,9 @@ def test_a_replay_through_a_worker_ends_as_it_ends(plane: Plane, worker: Callabl
     ]
 
 
-def test_without_the_table_a_message_is_kept_until_it_is_back(plane: Plane, worker: Callable[..., Worker]) -> None:
+def test_without_the_table_a_message_is_kept_until_it_is_back(
+    plane: Plane, worker: Callable[..., Worker]
+) -> None:
     plane.database.rows("ALTER TABLE celery_task_failures RENAME TO away; SELECT 1")
     plane.publish(payload(task="t.raise"))
     one = worker("-P", "solo")
@@ -141,14 +146,20 @@ def test_killing_the_worker_around_captures_loses_and_doubles_nothing(
     plane: Plane, worker: Callable[..., Worker]
 ) -> None:
     kills = int(os.environ.get("DLQ_KILLS", "3"))
-    rng = random.Random(5)
+    rng = random.Random(5)  # noqa: S311 - a seed, so that a failure can be had again
     jobs = 40 * kills
     for number in range(jobs):
         plane.publish(payload(task="t.raise", task_id=f"j{number}"))
     for _ in range(kills):
         before = plane.scalar("SELECT count(*) FROM celery_task_failures")
         one = worker("-P", "prefork", "-c", "2", DELIVERY_LIMIT="1000")
-        until(lambda before=before: plane.scalar("SELECT count(*) FROM celery_task_failures") > before or done(plane, jobs)(), 45, one.log)
+        until(
+            lambda before=before: (
+                plane.scalar("SELECT count(*) FROM celery_task_failures") > before or done(plane, jobs)()
+            ),
+            45,
+            one.log,
+        )
         time.sleep(rng.uniform(0, 0.25))
         one.kill()
     last = worker("-P", "prefork", "-c", "2", DELIVERY_LIMIT="1000")

@@ -7,9 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
-from tests.dlq.plane import TASK, TENANT_A, Plane, payload
 from sqlalchemy import text
 
 from app.dlq import replay, store
@@ -17,11 +17,13 @@ from app.dlq.classify import Failure
 from app.dlq.message import REPLAY_HEADER
 from app.dlq.replay import Progress
 from app.dlq.store import DeadLetterError, Filter
+from tests.dlq.plane import TASK, TENANT_A, Plane, payload
 
 
 def start(plane: Plane, which: Filter, **options: object) -> int:
     with plane.session() as session:
-        return replay.start(session, which, plane.sheet, actor="maria", reason="fixed", **options)  # type: ignore[arg-type]
+        given: Any = options
+        return replay.start(session, which, plane.sheet, actor="maria", reason="fixed", **given)
 
 
 def run(plane: Plane, number: int, **options: object) -> Progress:
@@ -29,7 +31,12 @@ def run(plane: Plane, number: int, **options: object) -> Progress:
 
 
 def test_a_replay_is_the_same_job_with_a_fresh_life(plane: Plane) -> None:
-    headers = {"expires": "2020-01-01T00:00:00+00:00", "eta": "2020-01-01T00:00:00+00:00", "retries": 3, "mine": "kept"}
+    headers = {
+        "expires": "2020-01-01T00:00:00+00:00",
+        "eta": "2020-01-01T00:00:00+00:00",
+        "retries": 3,
+        "mine": "kept",
+    }
     original = payload(task_id="t-1", args=[1], headers=headers)
     row = plane.fail(original)
     end = run(plane, start(plane, Filter(ids=(row,))))
@@ -78,7 +85,9 @@ def test_a_retry_of_a_replay_settles_the_row_too(plane: Plane) -> None:
     run(plane, start(plane, Filter(ids=(row,))))
     [(message_id, message)] = plane.messages()
     # What Celery does for a retry: another message with the same id and headers, then the acknowledgement.
-    plane.publish(payload(task_id="t", headers={REPLAY_HEADER: message["headers"][REPLAY_HEADER], "retries": 1}))
+    plane.publish(
+        payload(task_id="t", headers={REPLAY_HEADER: message["headers"][REPLAY_HEADER], "retries": 1})
+    )
     plane.database.rows(f"DELETE FROM kombu_message WHERE id = {message_id} RETURNING 1")
     assert plane.state(row) == "in_progress"
     plane.succeed()
@@ -98,8 +107,14 @@ def test_a_forged_header_touches_nobody_elses_row(plane: Plane) -> None:
 
 def test_a_dry_run_says_what_would_go_and_why_the_rest_would_not(plane: Plane) -> None:
     good = [plane.fail() for _ in range(3)]
-    ignored, sent, undecodable = plane.fail(), plane.fail(), plane.fail("garbage", Failure.of("invalid", "I", "m"))
-    unknown = plane.fail(payload(task="app.tasks.gone.away"), Failure.of("unknown_task", "NotRegistered", "m"))
+    ignored, sent, undecodable = (
+        plane.fail(),
+        plane.fail(),
+        plane.fail("garbage", Failure.of("invalid", "I", "m")),
+    )
+    unknown = plane.fail(
+        payload(task="app.tasks.gone.away"), Failure.of("unknown_task", "NotRegistered", "m")
+    )
     often = plane.fail()
     orphan = plane.fail()
     plane.database.rows(
@@ -131,7 +146,10 @@ def test_a_dry_run_says_what_would_go_and_why_the_rest_would_not(plane: Plane) -
     }
     assert plane.messages() == before
     assert start(plane, everything, everything=True, limit=2)
-    assert plane.scalar("SELECT failure_ids FROM celery_task_failure_replays ORDER BY id DESC LIMIT 1") == good[:2]
+    assert (
+        plane.scalar("SELECT failure_ids FROM celery_task_failure_replays ORDER BY id DESC LIMIT 1")
+        == good[:2]
+    )
     for row in (undecodable, unknown, often, ignored):
         with pytest.raises(DeadLetterError, match="none of these"):
             start(plane, Filter(ids=(row,)))
@@ -327,7 +345,7 @@ replay.run(create_engine(sqlalchemy_url(sys.argv[1])), int(sys.argv[2]), load_to
 
 def test_killing_the_replaying_process_loses_and_doubles_nothing(plane: Plane) -> None:
     kills = int(os.environ.get("DLQ_KILLS", "6"))
-    rng = random.Random(4)
+    rng = random.Random(4)  # noqa: S311 - a seed, so that a failure can be had again
     size = 60 * kills
     for _ in range(size):
         plane.fail()
@@ -336,7 +354,8 @@ def test_killing_the_replaying_process_loses_and_doubles_nothing(plane: Plane) -
         driver = subprocess.Popen(
             [sys.executable, "-c", _DRIVE, plane.database.dsn("app_rw"), str(number)], stdout=subprocess.PIPE
         )
-        assert driver.stdout and driver.stdout.readline()
+        assert driver.stdout
+        assert driver.stdout.readline()
         time.sleep(rng.uniform(0.02, 0.12))
         driver.send_signal(signal.SIGKILL)
         driver.wait()
@@ -358,14 +377,18 @@ def test_killing_the_replaying_process_loses_and_doubles_nothing(plane: Plane) -
 
 
 def test_what_is_stuck_goes_back_or_is_resolved_by_its_result(plane: Plane) -> None:
-    lost, done, waiting, retried = (plane.fail(payload(task_id=name)) for name in ("lost", "done", "waiting", "retried"))
+    lost, done, waiting, retried = (
+        plane.fail(payload(task_id=name)) for name in ("lost", "done", "waiting", "retried")
+    )
     run(plane, start(plane, Filter(), everything=True))
     plane.database.rows(
         "ALTER TABLE celery_task_failures DISABLE TRIGGER USER;"
         "UPDATE celery_task_failures SET changed_at = now() - interval '2 hours';"
         "ALTER TABLE celery_task_failures ENABLE TRIGGER USER;"
-        f"DELETE FROM kombu_message m USING celery_task_failures f WHERE f.message_id = m.id AND f.id <> {waiting};"
-        "INSERT INTO celery_taskmeta (task_id, status) VALUES ('done', 'SUCCESS'), ('lost', 'FAILURE'); SELECT 1"
+        "DELETE FROM kombu_message m USING celery_task_failures f"
+        f" WHERE f.message_id = m.id AND f.id <> {waiting};"
+        "INSERT INTO celery_taskmeta (task_id, status) VALUES ('done', 'SUCCESS'), ('lost', 'FAILURE');"
+        "SELECT 1"
     )
     plane.publish(payload(task_id="retried", headers={REPLAY_HEADER: retried, "retries": 1}))
     with plane.session("app_user") as session:

@@ -6,24 +6,38 @@ from datetime import UTC, datetime, timedelta
 
 import psycopg2
 import pytest
-from tests.dlq.plane import TASK, TENANT_A, TENANT_B, Plane, payload
 
 from app.dlq import store
 from app.dlq.classify import FAILURE_CLASSES, Failure
 from app.dlq.store import STATES, DeadLetterError, Filter
+from tests.dlq.plane import TASK, TENANT_A, TENANT_B, Plane, payload
 
 
 def test_a_row_keeps_the_message_to_the_byte_and_what_a_person_needs(plane: Plane) -> None:
-    odd = payload(args=["ü\u2028", 10**30, 1.0], headers={"skeldir_correlation_id": "c-1"}, tenant_id=TENANT_A)
+    odd = payload(
+        args=["ü\u2028", 10**30, 1.0], headers={"skeldir_correlation_id": "c-1"}, tenant_id=TENANT_A
+    )
     odd = odd.replace('"lang": "py"', '"lang" :\t"py"')  # not as json.dumps would write it again
-    row_id = plane.fail(odd, Failure.of("transient", "OSError", "reset by peer", "Traceback…", "llm@h", attempts=4))
+    row_id = plane.fail(
+        odd, Failure.of("transient", "OSError", "reset by peer", "Traceback…", "llm@h", attempts=4)
+    )
     with plane.session() as session:
         details = store.show(session, row_id)
     row = details.row
     assert details.payload == odd
-    assert (row.state, row.failure_class, row.task, row.queue) == ("pending", "transient", TASK, "housekeeping")
+    assert (row.state, row.failure_class, row.task, row.queue) == (
+        "pending",
+        "transient",
+        TASK,
+        "housekeeping",
+    )
     assert (row.exchange, row.routing_key, row.correlation_id) == ("housekeeping", "housekeeping", "c-1")
-    assert (row.error_type, row.error_message, row.worker, row.attempts) == ("OSError", "reset by peer", "llm@h", 4)
+    assert (row.error_type, row.error_message, row.worker, row.attempts) == (
+        "OSError",
+        "reset by peer",
+        "llm@h",
+        4,
+    )
     assert (str(row.tenant_id), row.deliveries, row.failures, row.replays) == (TENANT_A, 1, 1, 0)
     assert row.first_failed_at == row.last_failed_at
     assert [error["traceback"] for error in details.errors] == ["Traceback…"]
@@ -36,8 +50,8 @@ def test_a_message_ends_as_one_row(plane: Plane) -> None:
     connection = plane.database.connect("app_user")
     with pytest.raises(psycopg2.errors.UniqueViolation):
         connection.cursor().execute(
-            "SELECT celery_task_failure_capture(%s, NULL, 'x', 'permanent', 't', 'i', NULL, NULL, 'q', NULL, NULL,"
-            " 'e', 'm', NULL, '0123456789abcdef', 'w', 'h', 1, 1, true)",
+            "SELECT celery_task_failure_capture(%s, NULL, 'x', 'permanent', 't', 'i', NULL, NULL, 'q', NULL,"
+            " NULL, 'e', 'm', NULL, '0123456789abcdef', 'w', 'h', 1, 1, true)",
             (message_id,),
         )
     connection.close()
@@ -50,8 +64,8 @@ def test_a_capture_that_is_rolled_back_leaves_the_message_and_no_row(plane: Plan
     cursor = connection.cursor()
     cursor.execute("DELETE FROM kombu_message WHERE id = %s", (message_id,))
     cursor.execute(
-        "SELECT celery_task_failure_capture(%s, NULL, 'x', 'permanent', 't', 'i', NULL, NULL, 'q', NULL, NULL,"
-        " 'e', 'm', NULL, '0123456789abcdef', 'w', 'h', 1, 1, true)",
+        "SELECT celery_task_failure_capture(%s, NULL, 'x', 'permanent', 't', 'i', NULL, NULL, 'q', NULL,"
+        " NULL, 'e', 'm', NULL, '0123456789abcdef', 'w', 'h', 1, 1, true)",
         (message_id,),
     )
     connection.close()  # without a commit, as when the process dies here
@@ -68,7 +82,9 @@ def test_texts_are_cut_where_it_is_said_and_never_in_silence(plane: Plane) -> No
     assert "characters cut" in details.errors[0]["traceback"]
 
 
-@pytest.mark.parametrize("text", ["a\0b", "\ud800", "\x1b]0;owned\x07", "'); DROP TABLE celery_task_failures; --"])
+@pytest.mark.parametrize(
+    "text", ["a\0b", "\ud800", "\x1b]0;owned\x07", "'); DROP TABLE celery_task_failures; --"]
+)
 def test_any_text_can_be_kept(plane: Plane, text: str) -> None:
     row = plane.fail(failure=Failure.of("permanent", "ValueError", text, text))
     assert plane.state(row) == "pending"
@@ -76,9 +92,13 @@ def test_any_text_can_be_kept(plane: Plane, text: str) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "\x7f\x00"[:1], "[]", "null", "{}", '{"headers": 3}', '{"body": 1}', "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000,
-     payload(task=""), payload(headers={"id": None}), payload(headers={"task": ["a"]}), payload(headers={"retries": "x"}),
-     payload().replace("application/json", "application/x-python-serialize"), payload().replace('"body": "', '"body": "x')],
+    [
+        "", "\x7f", "[]", "null", "{}", '{"headers": 3}', '{"body": 1}',
+        "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000,
+        payload(task=""), payload(headers={"id": None}), payload(headers={"task": ["a"]}),
+        payload(headers={"retries": "x"}), payload().replace('"body": "', '"body": "x'),
+        payload().replace("application/json", "application/x-python-serialize"),
+    ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_kept_too_and_said_to_be_unreplayable(plane: Plane, content: str) -> None:
     row_id = plane.fail(content, Failure.of("invalid", "InvalidMessage", "no"))

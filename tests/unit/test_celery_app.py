@@ -81,7 +81,13 @@ def test_limits_and_retries_come_from_the_sheet(task: str) -> None:
     discover(SHEET)
     code, queue = celery_app.tasks[task], SHEET.queue_by_task[task]
     assert (code.soft_time_limit, code.time_limit) == (queue.soft_time_limit, queue.time_limit)
-    assert code.max_retries == queue.retry.max_retries
+    policy = queue.retry_of(task)
+    assert (code.max_retries, code.backoff, code.jitter) == (
+        policy.max_retries,
+        policy.backoff,
+        policy.jitter,
+    )
+    assert TimeoutError in code.autoretry_for
     assert code.acks_late
     assert code.reject_on_worker_lost
 

@@ -4,12 +4,16 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from celery import Celery
 from celery.exceptions import Retry
 
 from app.celery_app import celery_app
+from app.core.config import ConfigurationError
+from app.core.topology import RetryPolicy
 from app.db.session import TenantRequired
 from app.observability.context import current_context
 from app.tasks import llm, maintenance
+from app.tasks.base import PolicyTask, retry_options
 from app.tasks.context import tenant_task
 
 TENANT = uuid4()
@@ -117,3 +121,39 @@ def test_a_retry_is_a_retry(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         task.pop_request()
     assert published[0].options["queue"] == "llm", "it stays on the queue it came from"
+
+
+def test_a_transient_error_is_retried_without_a_word_in_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    published: list[Any] = []
+    monkeypatch.setattr("celery.canvas.Signature.apply_async", lambda self, **_: published.append(self))
+    app = Celery("policy", task_cls=PolicyTask, set_as_current=False)
+    policy = RetryPolicy(
+        max_retries=1, backoff=4, backoff_max=4, jitter=0, transient=("builtins.LookupError",)
+    )
+    app.conf.task_annotations = {"t.some": retry_options(policy)}
+
+    @app.task(name="t.some")
+    def some(error: Exception) -> None:
+        raise error
+
+    def run(error: Exception, retries: int = 0) -> None:
+        some.push_request(id="1", retries=retries, args=[], kwargs={}, called_directly=False)
+        try:
+            some.run(error)
+        finally:
+            some.pop_request()
+
+    with pytest.raises(Retry):
+        run(KeyError("may pass"))
+    assert published[0].options["countdown"] == 4
+    with pytest.raises(KeyError):  # its retries are used up
+        run(KeyError("may pass"), retries=1)
+    with pytest.raises(ValueError, match="permanent"):
+        run(ValueError("permanent"))
+    assert len(published) == 1
+
+
+def test_a_policy_that_names_no_exception_is_refused() -> None:
+    for name in ("builtins.str", "builtins.Nothing", "nowhere.Error", "builtins.KeyboardInterrupt"):
+        with pytest.raises(ConfigurationError, match=name):
+            retry_options(RetryPolicy(max_retries=1, backoff=1, backoff_max=1, transient=(name,)))

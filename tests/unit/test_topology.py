@@ -63,6 +63,13 @@ def test_a_right_sheet_is_read(tmp_path: Path) -> None:
         ("delivery_limit", 0, "first.delivery_limit"),
         ("retry", {"max_retries": 1, "backoff": 9, "backoff_max": 8}, "first.retry"),
         ("retry", {"max_retries": -1, "backoff": 1, "backoff_max": 8}, "first.retry.max_retries"),
+        ("retry", {"max_retries": 1, "backoff": 1, "backoff_max": 8, "jitter": 1.5}, "first.retry.jitter"),
+        (
+            "retry",
+            {"max_retries": 1, "backoff": 1, "backoff_max": 8, "transient": ["Oops"]},
+            "first.retry.transient",
+        ),
+        ("task_retry", {"a.b": {"max_retries": 1, "backoff": 1, "backoff_max": 8}}, "task_retry names a.b"),
         ("name", "two words", "first"),
     ],
 )
