@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TextIO
 
 from sqlalchemy import text
@@ -137,6 +138,37 @@ def purge(
         ).rowcount  # type: ignore[attr-defined] # a DELETE's result is a cursor's
         session.commit()
     return purged
+
+
+def tend(
+    session: Session, *, resolved_after: timedelta, ignored_after: timedelta, stuck_after: timedelta
+) -> dict[str, int]:
+    """Housekeeping, for workers: delete what is over and was exported, and settle what is stuck under way.
+
+    A replay is stuck when its message is gone and nobody said how it ended: a result says so, or the row goes
+    back to pending. Open rows are never deleted here.
+
+    Args:
+        session: a worker's, bound to no tenant.
+        resolved_after: how long resolved rows are kept, at least a day.
+        ignored_after: how long ignored rows are kept, at least a day.
+        stuck_after: how long a replay may be under way without a message.
+
+    Returns:
+        Counts: `purged`, `not_exported` (due, but not exported yet), `resolved` and `returned`.
+    """
+    total = {"purged": 0, "not_exported": 0, "resolved": 0, "returned": 0}
+    while True:
+        row = session.execute(
+            text("SELECT * FROM celery_task_failure_tend(:resolved, :ignored, :stuck, :batch)"),
+            {"resolved": resolved_after, "ignored": ignored_after, "stuck": stuck_after, "batch": _CHUNK},
+        ).one()
+        session.commit()
+        for name in ("purged", "resolved", "returned"):
+            total[name] += row._mapping[name]
+        total["not_exported"] = row.not_exported
+        if row.purged < _CHUNK:
+            return total
 
 
 def _chunks(session: Session, which: Filter) -> Iterator[list[int]]:

@@ -64,8 +64,8 @@ _VARIABLE = re.compile(
 )
 
 
-def fingerprint(failure: Failure, task: str | None, queue: str) -> str:
-    """16 hexadecimal digits that equal failures share, whatever their arguments and line numbers.
+def fingerprint(failure: Failure, task: str | None) -> str:
+    """16 hexadecimal digits that equal failures share: of one class, task and type of error, in any queue.
 
     The way through the code tells failures apart where there is a traceback; otherwise the message does,
     without
@@ -80,7 +80,7 @@ def fingerprint(failure: Failure, task: str | None, queue: str) -> str:
         where = [f"{file}:{function}" for file, function in frames[-5:]]
         if not where:
             where = [_VARIABLE.sub("#", failure.error_message)[:300]]
-    parts = [failure.failure_class, task or "", queue, failure.error_type, *where]
+    parts = [failure.failure_class, task or "", failure.error_type, *where]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

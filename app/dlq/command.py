@@ -524,16 +524,9 @@ def stats(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table("state", "class", "queue", "count", "oldest", "newest")
+    table = Table("state", "class", "queue", "count")
     for row in rows:
-        table.add_row(
-            row["state"],
-            row["failure_class"],
-            _cell(row["queue"]),
-            f"{row['count']:,}",
-            _ago(row["oldest"]),
-            _ago(row["newest"]),
-        )
+        table.add_row(row["state"], row["failure_class"], _cell(row["queue"]), f"{row['count']:,}")
     _print(table, "No dead letters." if not rows else None)
 
 

@@ -64,7 +64,7 @@ class Filter:
         """Whether it means every row, whatever its state."""
         return dataclasses.replace(self, states=OPEN) == Filter()
 
-    def where(self) -> tuple[str, dict[str, Any]]:
+    def where(self, *leave_out: str) -> tuple[str, dict[str, Any]]:
         """The condition on `f`, celery_task_failures, and its parameters; no value is part of the SQL."""
         values: dict[str, Any] = {
             "ids": list(self.ids) or None,
@@ -80,7 +80,11 @@ class Filter:
             "assignee": self.assignee,
             "without_tenant": True if self.without_tenant else None,
         }
-        values = {name: _storable(value) for name, value in values.items() if value is not None}
+        values = {
+            name: _storable(value)
+            for name, value in values.items()
+            if value is not None and name not in leave_out
+        }
         conditions = [_CONDITIONS[name] for name in values]
         conditions.append("f.state = ANY (:states)")
         return " AND ".join(conditions), values | {"states": list(self.states)}
@@ -93,6 +97,8 @@ class Filter:
         }
 
 
+_OF_A_KIND = ("task", "failure_class", "error_type")
+_MANY_KINDS = 3000
 _CONDITIONS = {
     "ids": "f.id = ANY (:ids)",
     "queue": "f.queue = :queue",
@@ -193,6 +199,8 @@ def find(
         before: `last_failed_at` and `id` of the last row of the page before.
     """
     where, values = which.where()
+    if (kinds := _kinds(session, which)) is not None:
+        where, values = f"{where} AND f.fingerprint = ANY (:kinds)", values | {"kinds": kinds}
     if before:
         where += " AND (f.last_failed_at, f.id) < (:before_time, :before_id)"
         values |= {"before_time": before[0], "before_id": before[1]}
@@ -219,26 +227,32 @@ def count(session: Session, which: Filter) -> int:
 def groups(session: Session, which: Filter, *, limit: int = 50) -> list[Group]:
     """Equal failures together, the largest group first."""
     where, values = which.where()
+    counted, kinds = where, _kinds(session, which)
+    if kinds is not None:  # then the count needs nothing but the index
+        counted = f"{which.where(*_OF_A_KIND)[0]} AND f.fingerprint = ANY (:kinds)"
     rows = session.execute(
         text(
-            # Counted a tenant first, which the index already has in order.
             f"""
             WITH by_tenant AS (
-                SELECT f.fingerprint, f.tenant_id, count(*) AS n, min(f.first_failed_at) AS first_failed_at,
-                    max(f.last_failed_at) AS last_failed_at, max(f.id) AS example_id
-                FROM celery_task_failures f WHERE {where} GROUP BY f.fingerprint, f.tenant_id
+                SELECT f.fingerprint, f.tenant_id, count(*) AS n FROM celery_task_failures f
+                WHERE {counted} GROUP BY f.fingerprint, f.tenant_id
             ), by_fingerprint AS (
-                SELECT fingerprint, sum(n)::bigint AS count, count(tenant_id) AS tenants,
-                    min(first_failed_at) AS first_failed_at, max(last_failed_at) AS last_failed_at,
-                    max(example_id) AS example_id
+                SELECT fingerprint, sum(n)::bigint AS count, count(tenant_id) AS tenants
                 FROM by_tenant GROUP BY fingerprint ORDER BY 2 DESC, 1 LIMIT :limit
             )
-            SELECT g.*, f.class AS failure_class, f.task, f.queue, f.error_type, f.error_message
-            FROM by_fingerprint g JOIN celery_task_failures f ON f.id = g.example_id
+            SELECT g.*, oldest.first_failed_at, newest.last_failed_at, newest.class AS failure_class,
+                newest.task, newest.queue, newest.error_type, newest.error_message, newest.id AS example_id
+            FROM by_fingerprint g,
+                LATERAL (SELECT f.* FROM celery_task_failures f
+                    WHERE f.fingerprint = g.fingerprint AND {where}
+                    ORDER BY f.last_failed_at DESC, f.id DESC LIMIT 1) newest,
+                LATERAL (SELECT f.first_failed_at FROM celery_task_failures f
+                    WHERE f.fingerprint = g.fingerprint AND {where}
+                    ORDER BY f.last_failed_at, f.id LIMIT 1) oldest
             ORDER BY g.count DESC, g.fingerprint
             """  # noqa: S608 - constants
         ),
-        values | {"limit": limit},
+        values | {"limit": limit, "kinds": kinds},
     )
     return [Group(**row._mapping) for row in rows]
 
@@ -268,17 +282,21 @@ def show(session: Session, failure_id: int) -> Details:
 
 
 def stats(session: Session) -> list[dict[str, Any]]:
-    """Counts by state, class and queue with the oldest failure of each; for `app_ro` too."""
-    return [
-        dict(row._mapping)
-        for row in session.execute(
-            text(
-                "SELECT state, class AS failure_class, queue, count(*) AS count,"
-                " min(first_failed_at) AS oldest, max(last_failed_at) AS newest"
-                " FROM celery_task_failures GROUP BY 1, 2, 3 ORDER BY 1, 4 DESC"
+    """Counts by state, class and queue; for `app_ro` too."""
+    rows = session.execute(
+        text(
+            """
+            WITH counted AS (
+                SELECT fingerprint, queue, state, count(*) AS n FROM celery_task_failures GROUP BY 1, 2, 3
             )
+            SELECT c.state, f.class AS failure_class, c.queue, sum(c.n)::bigint AS count
+            FROM counted c, LATERAL (
+                SELECT class FROM celery_task_failures WHERE fingerprint = c.fingerprint LIMIT 1
+            ) f GROUP BY 1, 2, 3 ORDER BY 1, 4 DESC
+            """
         )
-    ]
+    )
+    return [dict(row._mapping) for row in rows]
 
 
 def ignore(session: Session, which: Filter, *, actor: str, reason: str) -> list[int]:
@@ -409,7 +427,7 @@ def insert(
             failure.error_type,
             failure.error_message,
             failure.traceback,
-            fingerprint(failure, message.task, queue),
+            fingerprint(failure, message.task),
             failure.worker,
             host,
             message.retries + 1 if failure.attempts is None else failure.attempts,
@@ -426,6 +444,38 @@ def act_as(session: Session, actor: str, reason: str) -> None:
         text("SELECT set_config('app.actor', :actor, true), set_config('app.reason', :reason, true)"),
         {"actor": _storable(actor), "reason": _storable(reason)},
     )
+
+
+def _kinds(session: Session, which: Filter) -> list[str] | None:
+    """The fingerprints a filter's task, class and type of error come down to; None when it has none of these.
+
+    A fingerprint is of one task, class and type of error, so the few of them are looked at instead of all rows.
+    Also None when there are more than a few.
+    """
+    values = {name: _storable(value) for name in _OF_A_KIND if (value := getattr(which, name)) is not None}
+    if not values:
+        return None
+    conditions = [_CONDITIONS[name] for name in values]
+    kinds = session.execute(
+        text(
+            f"""
+            WITH RECURSIVE k AS (
+                (SELECT fingerprint, class, task, error_type, 1 AS n FROM celery_task_failures
+                 ORDER BY fingerprint LIMIT 1)
+                UNION ALL
+                SELECT next.*, k.n + 1 FROM k, LATERAL (
+                    SELECT fingerprint, class, task, error_type FROM celery_task_failures
+                    WHERE fingerprint > k.fingerprint ORDER BY fingerprint LIMIT 1) next
+                WHERE k.n < {_MANY_KINDS}
+            )
+            SELECT f.fingerprint, max(f.n) OVER () AS n, ({" AND ".join(conditions)}) AS meant FROM k f
+            """  # noqa: S608 - constants
+        ),
+        values,
+    ).all()
+    if kinds and kinds[0].n >= _MANY_KINDS:
+        return None
+    return [kind.fingerprint for kind in kinds if kind.meant]
 
 
 def _change(

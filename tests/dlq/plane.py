@@ -107,7 +107,8 @@ class Plane:
                 queue=queue,
                 payload=content,
                 message=message,
-                failure=failure or Failure.of("permanent", "ValueError", "no", TRACEBACK, "worker@host"),
+                failure=failure
+                or Failure.of("permanent", "ValueError", "no", TRACEBACK, worker="worker@host"),
                 deliveries=1,
                 tenant=tenant_of(message),
                 host="host",

@@ -2,9 +2,9 @@
 
 import io
 import json
+from datetime import timedelta
 
 import pytest
-from sqlalchemy import text
 
 from app.dlq import archive, replay, store
 from app.dlq.classify import Failure
@@ -37,10 +37,13 @@ def age(plane: Plane, days: int) -> None:
 
 def tend(plane: Plane) -> tuple[int, int]:
     with plane.session("app_user") as session:
-        done = session.execute(
-            text("SELECT * FROM celery_task_failure_tend('30 days', '90 days', '1 hour', 1000)")
-        ).one()
-    return done.purged, done.not_exported
+        done = archive.tend(
+            session,
+            resolved_after=timedelta(days=30),
+            ignored_after=timedelta(days=90),
+            stuck_after=timedelta(hours=1),
+        )
+    return done["purged"], done["not_exported"]
 
 
 def test_an_export_that_was_purged_comes_back_and_can_be_replayed(plane: Plane) -> None:

@@ -19,7 +19,7 @@ def test_a_row_keeps_the_message_to_the_byte_and_what_a_person_needs(plane: Plan
     )
     odd = odd.replace('"lang": "py"', '"lang" :\t"py"')  # not as json.dumps would write it again
     row_id = plane.fail(
-        odd, Failure.of("transient", "OSError", "reset by peer", "Traceback…", "llm@h", attempts=4)
+        odd, Failure.of("transient", "OSError", "reset by peer", "Traceback…", worker="llm@h", attempts=4)
     )
     with plane.session() as session:
         details = store.show(session, row_id)
