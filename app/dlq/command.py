@@ -52,7 +52,7 @@ class StateName(StrEnum):
 
 _AGE = re.compile(r"(\d+)([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-INSUFFICIENT_PRIVILEGE = "42501"
+NOT_ALLOWED = ("42501", "25006")  # a privilege is missing, or the role may only read
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Reason = Annotated[str, typer.Option(help="Why; it is kept in the audit.")]
@@ -161,7 +161,7 @@ def _spoken(command: Callable[..., None]) -> Callable[..., None]:
         except DeadLetterError as error:
             sys.exit(printable(str(error)))
         except DBAPIError as error:
-            if getattr(error.orig, "pgcode", None) != INSUFFICIENT_PRIVILEGE:
+            if getattr(error.orig, "pgcode", None) not in NOT_ALLOWED:
                 raise
             sys.exit(
                 f"Your database role may not do this: {printable(str(error.orig).splitlines()[0])}\n"

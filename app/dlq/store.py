@@ -449,7 +449,7 @@ def act_as(session: Session, actor: str, reason: str) -> None:
 def _kinds(session: Session, which: Filter) -> list[str] | None:
     """The fingerprints a filter's task, class and type of error come down to; None when it has none of these.
 
-    A fingerprint is of one task, class and type of error, so the few of them are looked at instead of all rows.
+    A fingerprint is of one task, class and type of error, so the few of them are looked at, not all rows.
     Also None when there are more than a few.
     """
     values = {name: _storable(value) for name in _OF_A_KIND if (value := getattr(which, name)) is not None}
