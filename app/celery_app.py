@@ -1,5 +1,6 @@
 """The Celery application: where settings, broker, results, logs and tasks are put together."""
 
+import inspect
 import logging
 import os
 import sys
@@ -18,6 +19,8 @@ from app import broker, results
 from app.core.config import EX_CONFIG, ConfigurationError, get_settings
 from app.core.topology import Topology, TopologyError
 from app.db import engine  # noqa: F401 - `postgresql://` means psycopg2 from here on
+from app.dlq import worker as dead_letter_worker
+from app.dlq.capture import DeadLetters
 from app.observability import worker_monitoring
 from app.observability.context import CORRELATION_HEADER, Context, current_context, set_context
 from app.observability.logging import configure_logging
@@ -128,10 +131,20 @@ def _configuration() -> dict[str, Any]:
     }
 
 
+def _tenant_argument(task: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """The value of `tenant_id` among a task's arguments, also when it was passed by position."""
+    try:
+        bound = inspect.signature(celery_app.tasks[task].run).bind_partial(*args, **kwargs)
+    except (KeyError, TypeError):  # nobody knows the task, or its arguments are not its own
+        return None
+    return bound.arguments.get("tenant_id")
+
+
 celery_app = Celery("skeldir", amqp=_Amqp, task_cls=PolicyTask)
 # Evaluated when first needed, so that importing this module asks nothing of the environment.
 celery_app.config_from_object(Proxy(_configuration))
-broker.register()
+dead_letters = DeadLetters(lambda task: task in celery_app.tasks, _tenant_argument)
+broker.register(on_dead=dead_letters)
 results.register(celery_app)
 
 
@@ -191,3 +204,4 @@ def _leave_task(task: PolicyTask, **_: Any) -> None:
 
 # Last, so that a worker that can't start says why before it listens on a port.
 worker_monitoring.install(celery_app, topology)
+dead_letter_worker.install(celery_app, dead_letters)

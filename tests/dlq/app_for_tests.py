@@ -3,11 +3,11 @@
 import os
 import time
 
-import app.broker
 from celery import Celery
 from celery.exceptions import Ignore, Reject
 from kombu import Exchange, Queue
 
+import app.broker
 from app.dlq import worker
 from app.dlq.capture import DeadLetters
 from app.tasks.base import PolicyTask
