@@ -111,6 +111,7 @@ def plan(
     """
     which = _checked(which, topology, target_queue, everything)
     where, values = which.where()
+    session.execute(text("SELECT set_config('jit', 'off', true)"))
     rows = session.execute(
         text(
             f"""
