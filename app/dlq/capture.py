@@ -44,6 +44,10 @@ class DeadLetters:
         self.errors = 0
         self.failing_since: float | None = None
 
+    def health(self) -> str:
+        """`ok`, or that rows can't be written: what failed is held by the broker, and tried again."""
+        return "can't be written" if self.failing_since else "ok"
+
     def __call__(self, cursor: Any, dead: DeadMessage) -> None:
         """Take a message over, in the transaction of `cursor` that deletes it."""
         try:

@@ -163,9 +163,10 @@ def install(app: Celery, dead_letters: DeadLetters) -> None:
             return
         request = symbol_by_name(app.Task.Request)
         app.Task.Request = type("Request", (DeadLetterRequest, request), {})
-        conf.worker_consumer = type(
-            "Consumer", (DeadLetterConsumer, symbol_by_name(conf.worker_consumer)), {}
-        )
+        consumer = symbol_by_name(conf.worker_consumer)
+        conf.worker_consumer = type("Consumer", (DeadLetterConsumer, consumer), {})
+        if health := getattr(consumer, "health", None):
+            health.dead_letters = dead_letters.health
         if metrics := getattr(request, "metrics", None):
             registry: CollectorRegistry = metrics.registry
             registry.register(_Counters(dead_letters))

@@ -16,6 +16,7 @@ import math
 import select
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import psycopg2
@@ -132,6 +133,8 @@ class Health:
         self.probe = probe
         self.consumer: Consuming | None = None
         self.draining = False
+        self.dead_letters: Callable[[], str] = lambda: "ok"
+        """Whether failures can be put away: `ok`, or what is wrong."""
 
     @property
     def live(self) -> bool:
@@ -174,12 +177,13 @@ class Health:
 
     def report(self) -> dict[str, Any]:
         """The detail that `/health` shows."""
-        broker, database = self.broker, self.database
+        broker, database, dead_letters = self.broker, self.database, self.dead_letters()
         age = max(0.0, time.monotonic() - self.pulse.last)
         return {
-            "status": "ok" if broker == database == "ok" else "unhealthy",
+            "status": "ok" if broker == database == dead_letters == "ok" else "unhealthy",
             "broker": broker,
             "database": database,
+            "dead_letters": dead_letters,
             "queues": self.queues,
             "worker": self.consumer.hostname if self.consumer else None,
             "live": self.live,

@@ -5,9 +5,12 @@ import random
 import time
 from collections.abc import Callable
 
+import psycopg2
 import pytest
 
+from app.broker import DeadMessage
 from app.dlq import replay
+from app.dlq.capture import DeadLetters
 from app.dlq.store import Filter
 from tests.dlq.conftest import Worker, until
 from tests.dlq.plane import TENANT_A, Plane, payload
@@ -128,6 +131,20 @@ def test_a_replay_through_a_worker_ends_as_it_ends(plane: Plane, worker: Callabl
         ("t.raise", "pending", 2),
         ("t.transient", "pending", 2),
     ]
+
+
+def test_health_says_when_dead_letters_cannot_be_written(plane: Plane) -> None:
+    dead_letters = DeadLetters(lambda task: False)
+    dead = DeadMessage(1, "housekeeping", payload(), 0, None, 1, 0, "rejected")
+    connection = plane.database.connect("app_ro")  # may not write
+    with pytest.raises(psycopg2.Error):
+        dead_letters(connection.cursor(), dead)
+    assert (dead_letters.errors, dead_letters.health()) == (1, "can't be written")
+    connection.close()
+    connection = plane.database.connect("app_user")
+    dead_letters(connection.cursor(), dead)
+    assert (dead_letters.written, dead_letters.health()) == (1, "ok")
+    connection.close()
 
 
 def test_without_the_table_a_message_is_kept_until_it_is_back(
