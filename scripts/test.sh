@@ -105,6 +105,7 @@ check locks "the locked requirements are what pyproject.toml resolves to" locks_
 check unit "unit tests" suite unit
 check integration "tests on a real Postgres, with real workers" suite integration
 check broker "the broker: semantics, any order of events, workers killed" suite broker
+check dlq "dead letters: every class, replays, attempts to break in" suite dlq
 
 if [ -z "$FAST" ] && [ "$FAILED" -gt 0 ]; then
   say "Not run: the tests on lab hosts, because something above failed."
