@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import psycopg2
 import pytest
+from psycopg2.extras import execute_values
 
 from app.broker import DeadMessage
 from app.dlq import replay
 from app.dlq.capture import DeadLetters
 from app.dlq.store import Filter
+from tests.dlq import fuzz
 from tests.dlq.conftest import Worker, until
 from tests.dlq.plane import TENANT_A, Plane, payload
 
@@ -183,3 +185,26 @@ def test_killing_the_worker_around_captures_loses_and_doubles_nothing(
     until(done(plane, jobs), 60, last.log)
     assert plane.scalar("SELECT count(*) FROM celery_task_failures") == jobs
     assert plane.scalar("SELECT count(DISTINCT task_id) FROM celery_task_failures") == jobs
+
+
+def test_malformed_messages_end_as_rows_and_the_worker_goes_on(
+    plane: Plane, worker: Callable[..., Worker]
+) -> None:
+    rng = random.Random(7)  # noqa: S311 - a seed, so that a failure can be had again
+    count = int(os.environ.get("DLQ_FUZZ", "1000"))
+    messages = [fuzz.message(rng).replace("\0", "") for _ in range(count)]
+    connection = plane.database.connect("app_user")
+    execute_values(
+        connection.cursor(),
+        "INSERT INTO kombu_message (queue_id, payload) VALUES %s",
+        [(plane.scalar("SELECT id FROM kombu_queue WHERE name = 'housekeeping'"), text) for text in messages],
+    )
+    connection.close()
+    one = worker("-P", "solo", "--prefetch-multiplier", "50")
+    until(done(plane, count), 60 + count / 100, one.log)
+    plane.publish(payload(task="t.raise"))
+    until(done(plane, count + 1), 20, one.log)
+    assert one.process.poll() is None
+    found = dict(plane.database.rows("SELECT class, count(*) FROM celery_task_failures GROUP BY 1"))
+    assert found.keys() == {"invalid", "unknown_task", "permanent"}
+    assert (found["permanent"], sum(found.values())) == (1, count + 1)
