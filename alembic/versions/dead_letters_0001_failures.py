@@ -262,6 +262,8 @@ BEGIN
         RAISE EXCEPTION 'a tenant''s session can''t write dead letters of another'
             USING ERRCODE = 'insufficient_privilege';
     END IF;
+    -- As with an acknowledgement nobody waits for the disk: a crash undoes row and deletion together.
+    PERFORM set_config('synchronous_commit', 'off', true);
     -- A failed replay goes back to the row it came from. The task id is compared because anyone can write a
     -- header.
     IF _replay_of IS NOT NULL THEN
@@ -295,6 +297,7 @@ CREATE FUNCTION celery_task_failure_resolve(_id bigint, _task_id text) RETURNS b
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 -- The replay succeeded; the caller deletes its message in the same transaction.
 BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
     UPDATE celery_task_failures SET state = 'resolved'
     WHERE id = _id AND state = 'in_progress' AND task_id IS NOT DISTINCT FROM _task_id;
     RETURN FOUND;
