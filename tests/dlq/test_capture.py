@@ -191,7 +191,7 @@ def test_malformed_messages_end_as_rows_and_the_worker_goes_on(
     plane: Plane, worker: Callable[..., Worker]
 ) -> None:
     rng = random.Random(7)  # noqa: S311 - a seed, so that a failure can be had again
-    count = int(os.environ.get("DLQ_FUZZ", "1000"))
+    count = int(os.environ.get("DLQ_FUZZ", "300"))
     messages = [fuzz.message(rng).replace("\0", "") for _ in range(count)]
     connection = plane.database.connect("app_user")
     execute_values(
