@@ -35,6 +35,15 @@ _SECRETS = [
     (re.compile(r"\b(?:sk|pk|ghp|gho|xox[abp]|AKIA)[-_]?[A-Za-z0-9_-]{16,200}"), HIDDEN),
     (re.compile(r"\beyJ[\w-]{8,2000}\.[\w-]{8,4000}\.[\w-]{0,2000}"), HIDDEN),  # a JSON web token
 ]
+# One of these is in whatever the pattern of the same place finds.
+_HINTS = [
+    ("private key",),
+    ("://",),
+    ("bearer", "basic"),
+    ("pass", "pwd", "secret", "token", "key", "authorization", "credential", "cookie", "session", "dsn"),
+    ("sk", "pk", "ghp", "gho", "xox", "akia"),
+    ("eyj",),
+]
 _PERSONAL = re.compile(
     rf"{_HIDDEN_NAME}|e[_-]?mail|phone|mobile|(?:first|last|full|sur|user|maiden)[_-]?name|^name$|address"
     r"|street|birth|ssn|passport|iban|card|account[_-]?n|tax[_-]?id|ip[_-]?addr",
@@ -49,8 +58,10 @@ def storable(text: str) -> str:
 
 def without_secrets(text: str) -> str:
     """The text with what looks like a password, a key or a token cut out."""
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
+    lower = text.lower()
+    for hints, (pattern, replacement) in zip(_HINTS, _SECRETS, strict=True):
+        if any(hint in lower for hint in hints):  # most texts have none, and looking for these is much faster
+            text = pattern.sub(replacement, text)
     return text
 
 
