@@ -163,6 +163,9 @@ class Health:
             return "connecting"
         if not self.queues:
             return "no queue is consumed"
+        # app/broker mends a lost connection by itself, and the consumer's loop never hears of it.
+        if not getattr(self.consumer.connection.transport, "online", True):
+            return "connecting"
         return "ok" if self.live else "stalled"
 
     @property

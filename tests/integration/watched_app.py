@@ -10,6 +10,7 @@ from celery import Celery, signals
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from kombu import Exchange, Queue
 
+from app import broker
 from app.core.config import get_settings
 from app.core.topology import Topology
 from app.db import engine  # noqa: F401 - `postgresql://` means psycopg2 from here on
@@ -42,16 +43,9 @@ SHEET = Topology.model_validate(
     }
 )
 
+broker.register()
 settings = get_settings()
 app = Celery("watched", broker=settings.broker_url, backend=settings.result_backend_url)
-if settings.broker_url.startswith("filesystem"):
-    messages = f"{os.environ['WATCHED_FOLDER']}/messages"
-    Path(messages).mkdir(exist_ok=True)
-    app.conf.broker_transport_options = {
-        "data_folder_in": messages,
-        "data_folder_out": messages,
-        "control_folder": f"{messages}/control",
-    }
 app.conf.update(
     task_queues=[Queue("watched", Exchange("watched-exchange", "direct"), "watched-key")],
     task_default_queue="watched",
