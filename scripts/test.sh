@@ -54,7 +54,11 @@ locks_are_current() {
   rm -r "$kept"
 }
 
-suite() { pytest --quiet --junitxml "$EVIDENCE/junit-$1.xml" "tests/$1"; }
+suite() {
+  local name=$1
+  shift
+  pytest --quiet --junitxml "$EVIDENCE/junit-$name.xml" "$@"
+}
 
 # The README's first command as a person types it: on bare hosts, and again on what is there.
 first_command() {
@@ -102,10 +106,10 @@ check shellcheck "shell scripts (shellcheck)" shell_style
 check workflow "the workflow (check-jsonschema)" \
   check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 check locks "the locked requirements are what pyproject.toml resolves to" locks_are_current
-check unit "unit tests" suite unit
-check integration "tests on a real Postgres, with real workers" suite integration
-check broker "the broker: semantics, any order of events, workers killed" suite broker
-check dlq "dead letters: every class, replays, attempts to break in" suite dlq
+check unit "unit tests" suite unit tests/unit
+# Side by side, each file on a Postgres of its own: they mostly wait.
+check real "on a real Postgres: sessions, workers, broker, dead letters" \
+  suite real --numprocesses 3 --dist loadfile tests/integration tests/broker tests/dlq
 
 if [ -z "$FAST" ] && [ "$FAILED" -gt 0 ]; then
   say "Not run: the tests on lab hosts, because something above failed."

@@ -104,7 +104,7 @@ def test_a_tenants_session_sees_its_rows_and_no_other(
     assert seen(plane, "app_rw", f"SELECT id FROM {R}", tenant) == []
 
 
-@pytest.mark.parametrize("tenant", [None, "", str(uuid.uuid4())])
+@pytest.mark.parametrize("tenant", [None, "", "00000000-0000-4000-8000-000000000000"])
 def test_without_a_tenant_or_with_a_made_up_one_a_worker_sees_nothing(
     plane: Plane, rows: dict[str, int], tenant: str | None
 ) -> None:
