@@ -116,6 +116,7 @@ class Holder:
         self._joined = 0
         self._event = threading.Event()
         self._stopping = False
+        self._suspected = False
         self._trouble_until = 0.0
         self._next_tick = 0.0
         self._retry_dead_at = 0.0
@@ -146,6 +147,16 @@ class Holder:
             self._event.set()
             raise ConnectionLost("this worker was given up for dead while its connections were broken")
         return holder_id
+
+    def suspect(self) -> None:
+        """A session of this identity was lost: nothing is taken until the keeper has looked after its own.
+
+        When the server crashed, it may have forgotten what was taken last. A transport that is back before
+        the keeper has repeated what is held would take, and run, that again.
+        """
+        self.online = False
+        self._suspected = True
+        self._event.set()
 
     def ack(self, delivery: Delivery) -> None:
         """Note that a message is done; from any thread."""
@@ -268,6 +279,11 @@ class Holder:
 
     def _connect(self) -> None:
         if self._session.connected and self._joined == self._session.generation:
+            if self._suspected:
+                self._suspected = False
+                self._session.run("SELECT 1")
+                self.online = True
+                self._wake()
             return
         first = self.id == 0
         server_age = self._session.run(

@@ -73,6 +73,7 @@ class Transport(virtual.Transport):
         self._pid = os.getpid()
         self._holder: Holder | None = None
         self._joined = (0, 0)
+        self._asked = 0
         self._subscribed: dict[int, bool] = {}
         self._abandoned = False
         self._said_lost = False
@@ -159,6 +160,12 @@ class Transport(virtual.Transport):
         if self.session.connected and self._joined[0] == self.session.generation:
             self.session.close()  # another identity: begin anew, without the old one's locks
         self.session.connect()
+        if self._joined[0]:  # not the first connection
+            if self._asked != self.session.generation:
+                self._asked = self.session.generation
+                holder.suspect()
+            if not holder.online:
+                raise ConnectionLost("the server may have forgotten what was taken last")
         holder_id = holder.join(self.session)
         for queue_id, awake in self._subscribed.items():
             self._listen(queue_id, awake=awake)
@@ -283,7 +290,7 @@ class Transport(virtual.Transport):
             return
         now = time.monotonic()
         try:
-            if not self.session.connected and not self._holder.online:
+            if not self._holder.online:
                 return  # the keeper tries all the time, and wakes us
             self.ensure_joined()
             if now >= self._next_poll:
@@ -327,6 +334,7 @@ class Transport(virtual.Transport):
             self._maybe
             and self._holder is not None
             and self.session.connected
+            and self._holder.online
             and time.monotonic() >= self._holder.settled_at
             and any(channel.hungry(self._urgent) for channel in self.channels)
         )

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import pickle
-import uuid
 from pathlib import Path
 
 import psycopg2
