@@ -148,9 +148,11 @@ class Health:
     def queues(self) -> list[str]:
         """The queues that are being consumed now."""
         consumer = self.consumer
-        if self.draining or consumer is None or not consumer.in_loop or consumer.connection is None:
+        if self.draining or consumer is None or not consumer.in_loop:
             return []
-        return sorted(queue.name for queue in consumer.task_consumer.queues)
+        # Read once: Celery takes it away, in a thread that isn't this one, when a connection is lost.
+        task_consumer = consumer.task_consumer
+        return [] if task_consumer is None else sorted(queue.name for queue in task_consumer.queues)
 
     @property
     def broker(self) -> str:
@@ -159,13 +161,12 @@ class Health:
             return "draining"
         if self.consumer is None:
             return "starting"
-        if not self.consumer.in_loop or self.consumer.connection is None:
+        connection = self.consumer.connection if self.consumer.in_loop else None
+        # app/broker mends a lost connection by itself, and the consumer's loop never hears of it.
+        if connection is None or not getattr(connection.transport, "online", True):
             return "connecting"
         if not self.queues:
             return "no queue is consumed"
-        # app/broker mends a lost connection by itself, and the consumer's loop never hears of it.
-        if not getattr(self.consumer.connection.transport, "online", True):
-            return "connecting"
         return "ok" if self.live else "stalled"
 
     @property

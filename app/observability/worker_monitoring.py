@@ -99,7 +99,10 @@ def _keep_systemd_informed(health: Health) -> None:
         # Twice as often as systemd asks for, and at least as often as the status is worth looking at.
         pause = min(asked / 2, _STATUS_SECONDS) if asked else _STATUS_SECONDS
         while True:
-            notify(_status(health), *(["WATCHDOG=1"] if asked and health.live else []))
+            try:
+                notify(_status(health), *(["WATCHDOG=1"] if asked and health.live else []))
+            except Exception:  # without this thread systemd would end a worker that is well
+                logger.exception("systemd could not be told how this worker is")
             time.sleep(pause)
 
     threading.Thread(target=run, name="systemd-notify", daemon=True).start()
