@@ -8,10 +8,21 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 DEFAULT_METRICS_PORT = 9540
 """Port of a worker that was started by hand; no queue of the sheet may take it."""
+
+QUEUE_WAIT_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
+"""Upper bounds of the histogram of queue waits, in seconds; a queue's target is one of them."""
 
 # systemd.unit(5): an instance name must survive unescaped in a file name, a label and a Postgres identifier.
 _QUEUE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
@@ -21,6 +32,19 @@ _CLASS_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 
 _Seconds = Annotated[int, Field(gt=0, strict=True)]
 _Count = Annotated[int, Field(ge=1, strict=True)]
+_Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _on_a_bound(seconds: float) -> float:
+    if seconds not in QUEUE_WAIT_BOUNDS:
+        bounds = ", ".join(f"{bound:g}" for bound in QUEUE_WAIT_BOUNDS)
+        raise ValueError(
+            f"{seconds:g} is no bound of the measured waits, so it can't be judged: use one of {bounds}"
+        )
+    return seconds
+
+
+_WaitTarget = Annotated[float, AfterValidator(_on_a_bound)]
 
 
 class TopologyError(ValueError):
@@ -72,7 +96,11 @@ class RetryPolicy(_Entry):
 
 
 class Queue(_Entry):
-    """One queue of the sheet; times in seconds, `prefetch` in messages a child process."""
+    """One queue of the sheet; times in seconds, `prefetch` in messages a child process.
+
+    The targets are what its users may expect of it, and what its alerts are measured by: the share of jobs that
+    succeed, and how long a due job may wait for a worker.
+    """
 
     name: str
     exchange: str = Field(min_length=1)
@@ -86,6 +114,8 @@ class Queue(_Entry):
     delivery_limit: _Count
     retry: RetryPolicy
     task_retry: dict[str, RetryPolicy] = {}
+    success_target: _Share = 0.99
+    queue_wait_target_seconds: _WaitTarget = 60
 
     @field_validator("name")
     @classmethod
@@ -145,6 +175,8 @@ class _QueueOverride(_Entry):
     soft_time_limit: _Seconds | None = None
     time_limit: _Seconds | None = None
     delivery_limit: _Count | None = None
+    success_target: _Share | None = None
+    queue_wait_target_seconds: _WaitTarget | None = None
 
 
 class Topology(_Entry):

@@ -70,6 +70,9 @@ def test_a_right_sheet_is_read(tmp_path: Path) -> None:
             "first.retry.transient",
         ),
         ("task_retry", {"a.b": {"max_retries": 1, "backoff": 1, "backoff_max": 8}}, "task_retry names a.b"),
+        ("success_target", 1, "first.success_target"),
+        ("success_target", 0, "first.success_target"),
+        ("queue_wait_target_seconds", 45, "first.queue_wait_target_seconds"),  # waits aren't counted by it
         ("name", "two words", "first"),
     ],
 )
@@ -116,9 +119,12 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_environment_may_change_numbers(tmp_path: Path) -> None:
-    topology = _load(tmp_path, GOOD, {"first": {"concurrency": 5, "soft_time_limit": 15}})
+    topology = _load(
+        tmp_path, GOOD, {"first": {"concurrency": 5, "soft_time_limit": 15, "success_target": 0.9}}
+    )
     assert topology.queues["first"].concurrency == 5
     assert topology.queues["first"].soft_time_limit == 15
+    assert topology.queues["first"].success_target == 0.9
     assert topology.queues["second"].concurrency == 1
 
 
@@ -130,6 +136,7 @@ def test_an_environment_may_change_numbers(tmp_path: Path) -> None:
         ({"first": {"name": "other"}}, "first.name"),
         ({"first": {"concurrency": "many"}}, "first.concurrency"),
         ({"first": {"soft_time_limit": 30}}, "soft_time_limit"),
+        ({"first": {"queue_wait_target_seconds": 45}}, "queue_wait_target_seconds"),
         ({"first": ["concurrency"]}, "first"),
     ],
 )

@@ -1,0 +1,31 @@
+"""`python -m monitoring COMMAND`: build and prove rules, dashboards and runbooks."""
+
+import argparse
+import json
+import sys
+
+from app.core.topology import TopologyError, load_topology
+from monitoring.sheet import sheet_rules
+
+
+def _sheet(arguments: argparse.Namespace) -> int:
+    try:
+        print(sheet_rules(load_topology(overrides=json.loads(arguments.overrides))), end="")
+    except TopologyError as error:
+        sys.exit(str(error))
+    return 0
+
+
+def main() -> int:
+    """Run one command and return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m monitoring", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("sheet", help="print the rule file with the sheet's numbers")
+    command.add_argument("--overrides", default="{}", help="the inventory's skeldir_queue_overrides, as JSON")
+    command.set_defaults(run=_sheet)
+    arguments = parser.parse_args()
+    return int(arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
