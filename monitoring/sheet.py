@@ -1,9 +1,9 @@
 """The one place that carries the sheet's numbers into Prometheus: a rule file of constants.
 
-All other rules are plain files that join these series by `queue`, so a queue that comes, goes or gets another
-target needs no rule to be edited. Constants, and not metrics of an exporter, because targets and expected queues
-must be known just when the exporter or the database is away; and made at deployment, because the inventory may
-override them.
+All other rules are plain files that join these series by `queue`, so a queue that comes, goes or gets
+another target needs no rule to be edited. Constants, and not metrics of an exporter, because targets and
+expected queues must be known just when the exporter or the database is away; and made at deployment, because
+the inventory may override them.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import yaml
 
 from app.core.topology import Queue, Topology
 
-HEADER = "# Made from app/topology.yml and the inventory's overrides by `python -m monitoring sheet`: don't edit.\n"
+HEADER = "# Made by `python -m monitoring sheet` from app/topology.yml and overrides: don't edit.\n"
 
 
 def sheet_rules(sheet: Topology) -> str:

@@ -98,8 +98,8 @@ class RetryPolicy(_Entry):
 class Queue(_Entry):
     """One queue of the sheet; times in seconds, `prefetch` in messages a child process.
 
-    The targets are what its users may expect of it, and what its alerts are measured by: the share of jobs that
-    succeed, and how long a due job may wait for a worker.
+    The targets are what its users may expect of it, and what its alerts are measured by: the share of jobs
+    that succeed, and how long a due job may wait for a worker.
     """
 
     name: str
