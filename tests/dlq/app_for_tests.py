@@ -2,8 +2,9 @@
 
 import os
 import time
+from pathlib import Path
 
-from celery import Celery
+from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
 from kombu import Exchange, Queue
 
@@ -30,6 +31,15 @@ celery.conf.update(
 dead_letters = DeadLetters(lambda task: task in celery.tasks)
 app.broker.register(on_dead=dead_letters)
 worker.install(celery, dead_letters)
+
+
+@signals.task_prerun.connect
+def note_run(task: Task, **_: object) -> None:
+    """Write down which message is run now, for a test that keeps the books."""
+    if path := os.environ.get("RUNS"):
+        message_id = task.request.properties["delivery_tag"].partition(".")[0]
+        with Path(path).open("a") as runs:
+            print(message_id, task.name, file=runs, flush=True)
 
 
 @celery.task(name="t.ok")
@@ -89,8 +99,8 @@ def killed() -> None:
 
 @celery.task(name="t.memory")
 def memory() -> None:
-    """Ask for more memory than there is."""
-    raise MemoryError
+    """Ask for more memory than there is, at once."""
+    bytearray(2**60)
 
 
 @celery.task(name="t.exit")
