@@ -1,6 +1,7 @@
 """A Celery application on the broker with dead letters, and tasks that fail in every way there is."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from app.dlq.capture import DeadLetters
 from app.tasks.base import PolicyTask
 from app.tasks.context import tenant_task
 
+QUEUES = ("housekeeping", "maintenance", "llm")
+
 celery = Celery("tests", broker=f"sqla+{os.environ['DATABASE_URL']}", task_cls=PolicyTask)
 celery.conf.update(
     accept_content=["json"],
-    task_queues=[Queue("housekeeping", Exchange("housekeeping", "direct"), "housekeeping")],
+    task_queues=[Queue(name, Exchange(name, "direct"), name) for name in QUEUES],
     task_default_queue="housekeeping",
     task_acks_late=True,
     task_reject_on_worker_lost=True,
@@ -25,7 +28,7 @@ celery.conf.update(
     worker_prefetch_multiplier=4,
     broker_connection_retry_on_startup=True,
     broker_transport_options={
-        "delivery_limits": {"housekeeping": int(os.environ.get("DELIVERY_LIMIT", "2"))}
+        "delivery_limits": dict.fromkeys(QUEUES, int(os.environ.get("DELIVERY_LIMIT", "2")))
     },
 )
 dead_letters = DeadLetters(lambda task: task in celery.tasks)
@@ -95,6 +98,21 @@ def hard() -> None:
 def killed() -> None:
     """End the process it runs in."""
     os.kill(os.getpid(), 9)
+
+
+@celery.task(name="t.kill_main")
+def kill_main(pool: str) -> None:
+    """End the worker itself, not the child that runs this."""
+    os.kill(os.getppid() if pool == "prefork" else os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+@celery.task(name="t.eat")
+def eat() -> None:
+    """Take memory until the kernel has none left for this container."""
+    eaten = []
+    while True:
+        eaten.append(b"x" * 10_000_000)
 
 
 @celery.task(name="t.memory")

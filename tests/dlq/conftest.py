@@ -5,8 +5,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,13 +36,23 @@ def shared_plane(postgres: Cluster) -> Iterator[Plane]:
 class Worker:
     """A real worker of `tests.dlq.app_for_tests`."""
 
-    def __init__(self, dsn: str, directory: Path, number: int, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        directory: Path,
+        number: int,
+        *arguments: str,
+        queue: str = "housekeeping",
+        inside: Sequence[str] = (),
+        **environment: str,
+    ) -> None:
         self.log = directory / f"worker{number}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
+                    *inside,
                     *(sys.executable, "-m", "celery", "-A", "tests.dlq.app_for_tests", "worker"),
-                    *("-Q", "housekeeping", "-n", f"w{number}@test", "-l", "WARNING", *arguments),
+                    *("-Q", queue, "-n", f"w{number}@test", "-l", "WARNING", *arguments),
                 ],
                 cwd=ROOT,
                 env={**os.environ, "DATABASE_URL": dsn, "PYTHONPATH": str(ROOT)} | environment,
@@ -50,9 +61,9 @@ class Worker:
                 start_new_session=True,
             )
 
-    def kill(self) -> None:
-        """End the whole worker, as a host that loses its power."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+    def kill(self, *, everything: bool = True) -> None:
+        """End the worker: all of it, as a host that loses its power, or its main process alone."""
+        (os.killpg if everything else os.kill)(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
 
     def stop(self) -> None:
@@ -69,8 +80,8 @@ def worker(plane: Plane, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
     """Start workers; they are gone after the test."""
     started: list[Worker] = []
 
-    def start(*arguments: str, **environment: str) -> Worker:
-        started.append(Worker(plane.database.dsn(), tmp_path, len(started) + 1, *arguments, **environment))
+    def start(*arguments: str, **options: Any) -> Worker:
+        started.append(Worker(plane.database.dsn(), tmp_path, len(started) + 1, *arguments, **options))
         return started[-1]
 
     yield start

@@ -166,27 +166,40 @@ def test_without_the_table_a_message_is_kept_until_it_is_back(
 def test_killing_the_worker_around_captures_loses_and_doubles_nothing(
     plane: Plane, worker: Callable[..., Worker]
 ) -> None:
-    kills = int(os.environ.get("DLQ_KILLS", "3"))
-    rng = random.Random(5)  # noqa: S311 - a seed, so that a failure can be had again
-    jobs = 40 * kills
-    for number in range(jobs):
-        plane.publish(payload(task="t.raise", task_id=f"j{number}"))
+    """Each message of each class is one row, whenever its worker was killed.
+
+    `DLQ_KILLS=100 DLQ_SEED=1 pytest tests/dlq/test_capture.py -k killing` is the long form. Retries are left
+    out: they are messages of their own, and a worker killed between sending one and acknowledging the other
+    leaves two.
+    """
+    kills = int(os.environ.get("DLQ_KILLS", "4"))
+    rng = random.Random(int(os.environ.get("DLQ_SEED", "5")))  # noqa: S311 - a failure can be had again
+    cases = [case for case in CASES.items() if case[1][0] != "transient"]
+    expected = {}
+    for _ in range(40 * kills):
+        message, (kind, _) = rng.choice(cases)
+        expected[plane.publish(message)] = kind
+    killed = []
     for _ in range(kills):
         before = plane.scalar("SELECT count(*) FROM celery_task_failures")
         one = worker("-P", "prefork", "-c", "2", DELIVERY_LIMIT="1000")
         until(
             lambda before=before: (
-                plane.scalar("SELECT count(*) FROM celery_task_failures") > before or done(plane, jobs)()
+                plane.scalar("SELECT count(*) FROM celery_task_failures") > before
+                or done(plane, len(expected))()
             ),
             45,
             one.log,
         )
-        time.sleep(rng.uniform(0, 0.25))
-        one.kill()
+        time.sleep(rng.uniform(0, 0.1))
+        one.kill(everything=rng.random() < 0.5)
+        killed.append(plane.scalar("SELECT count(*) FROM celery_task_failures"))
     last = worker("-P", "prefork", "-c", "2", DELIVERY_LIMIT="1000")
-    until(done(plane, jobs), 60, last.log)
-    assert plane.scalar("SELECT count(*) FROM celery_task_failures") == jobs
-    assert plane.scalar("SELECT count(DISTINCT task_id) FROM celery_task_failures") == jobs
+    until(done(plane, len(expected)), 60, last.log)
+    rows = plane.database.rows("SELECT message_id, class FROM celery_task_failures WHERE state = 'pending'")
+    print(f"{kills} kills among {len(expected):,} messages, after which there were {killed} rows")
+    assert len(rows) == len(expected)
+    assert dict(rows) == expected
 
 
 def test_malformed_messages_end_as_rows_and_the_worker_goes_on(
