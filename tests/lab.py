@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +86,12 @@ def task_state(database: Host, task_id: str) -> str:
 
 
 def samples(text: str) -> dict[tuple[str, str], float]:
-    """Prometheus's text as `{(family, task_name): value}`; histogram buckets are left out."""
-    lines = re.finditer(r'^(\w+)\{[^}]*task_name="([^"]+)"[^}]*\} (\S+)$', text, re.MULTILINE)
-    return {(name, task): float(value) for name, task, value in (line.groups() for line in lines)}
+    """Prometheus's text as `{(family, task_name): value}`, summed over all other labels."""
+    found: Counter[tuple[str, str]] = Counter()
+    for line in re.finditer(r'^(\w+)\{[^}]*task_name="([^"]+)"[^}]*\} (\S+)$', text, re.MULTILINE):
+        name, task, value = line.groups()
+        found[name, task] += float(value)  # type: ignore[assignment]
+    return dict(found)
 
 
 @dataclass

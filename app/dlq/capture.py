@@ -9,6 +9,7 @@ here.
 import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +42,13 @@ class DeadLetters:
         self._knows = knows
         self._bind = bind
         self.written = 0
-        self.errors = 0
+        self.errors_by_queue: Counter[str] = Counter()
         self.failing_since: float | None = None
+
+    @property
+    def errors(self) -> int:
+        """Attempts to write a row that failed."""
+        return self.errors_by_queue.total()
 
     def health(self) -> str:
         """`ok`, or that rows can't be written: what failed is held by the broker, and tried again."""
@@ -53,7 +59,7 @@ class DeadLetters:
         try:
             self._keep(cursor, dead)
         except Exception:
-            self.errors += 1
+            self.errors_by_queue[dead.queue] += 1
             self.failing_since = self.failing_since or time.time()
             raise
         self.failing_since = None

@@ -5,6 +5,7 @@ import binascii
 import difflib
 import json
 import re
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 from app.core.topology import Queue
 from app.dlq.text import redacted
-from app.observability.context import CORRELATION_HEADER
+from app.observability.context import CORRELATION_HEADER, PUBLISHED_HEADER
 
 REPLAY_HEADER = "skeldir_replay_of"
 """The header that leads a replay's outcome back to its row; Celery carries it on into retries of the task."""
@@ -124,7 +125,7 @@ def replay_form(message: Message, failure_id: int, target: Queue | None) -> str:
         target: another queue than the one it came from.
     """
     headers = {key: value for key, value in message.headers.items() if key not in ("expires", "eta")}
-    headers |= {"retries": 0, REPLAY_HEADER: failure_id}
+    headers |= {"retries": 0, REPLAY_HEADER: failure_id, PUBLISHED_HEADER: time.time()}
     properties = {key: value for key, value in message.properties.items() if key != "expiration"}
     properties["delivery_tag"] = str(uuid.uuid4())
     if target:

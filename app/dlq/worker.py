@@ -7,6 +7,7 @@ on Postgres nothing changes.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from copy import copy
 from typing import Any
@@ -22,6 +23,7 @@ from prometheus_client.registry import Collector
 from app.dlq.capture import FAILED, SUCCEEDED, DeadLetters
 from app.dlq.classify import Failure, failure_of
 from app.dlq.message import REPLAY_HEADER, InvalidMessageError, check
+from app.observability.metrics import TaskMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -140,17 +142,24 @@ class DeadLetterConsumer:
 
 
 class _Counters(Collector):
-    def __init__(self, dead_letters: DeadLetters) -> None:
+    def __init__(self, dead_letters: DeadLetters, metrics: TaskMetrics) -> None:
         self._dead_letters = dead_letters
+        self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
         written = CounterMetricFamily("celery_dead_letters_written", "Dead letters this worker wrote.")
         written.add_metric([], self._dead_letters.written)
         errors = CounterMetricFamily(
-            "celery_dead_letter_write_errors",
+            "celery_worker_dlq_capture_errors",
             "Attempts to write a dead letter that failed; its message stays held.",
+            labels=["queue"],
         )
-        errors.add_metric([], self._dead_letters.errors)
+        counts = Counter(dict.fromkeys(self._metrics.queues, 0))
+        # A worker also gives up what other workers left, of whatever queue.
+        for queue, number in list(self._dead_letters.errors_by_queue.items()):
+            counts[self._metrics.known(queue)] += number
+        for queue, number in counts.items():
+            errors.add_metric([queue], number)
         yield from (written, errors)
 
 
@@ -169,4 +178,4 @@ def install(app: Celery, dead_letters: DeadLetters) -> None:
             health.dead_letters = dead_letters.health
         if metrics := getattr(request, "metrics", None):
             registry: CollectorRegistry = metrics.registry
-            registry.register(_Counters(dead_letters))
+            registry.register(_Counters(dead_letters, metrics))

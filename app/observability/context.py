@@ -9,6 +9,9 @@ from uuid import UUID, uuid4
 CORRELATION_HEADER = "skeldir_correlation_id"
 """Message header from publisher to task to sub-task. (Celery's own `correlation_id` is the task's id.)"""
 
+PUBLISHED_HEADER = "skeldir_published_at"
+"""Message header: when it was published, in seconds since 1970; missing when it isn't to be run at once."""
+
 
 @dataclass(frozen=True)
 class Context:

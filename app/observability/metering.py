@@ -6,13 +6,14 @@ Signals do not: `task_failure` is sent twice for one hard time limit, and a kill
 """
 
 from threading import Lock
-from time import monotonic
+from time import monotonic, time
 from typing import Any, ClassVar
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
-from celery.exceptions import Ignore, Reject, Retry, Terminated
+from celery.exceptions import Ignore, Reject, Retry, Terminated, TimeLimitExceeded, WorkerLostError
 from celery.worker.request import Request
 
+from app.observability.context import PUBLISHED_HEADER
 from app.observability.health import Pulse
 from app.observability.metrics import TaskMetrics, TaskSeries
 
@@ -48,8 +49,9 @@ class MeteredRequest(Request):
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """A time limit passed. The soft one is raised inside the task, which may still end in any way."""
+        self._of_metrics().timeout["soft" if soft else "hard"].inc()
         if not soft:
-            self._end("failure")
+            self._end("failure", TimeLimitExceeded())
         super().on_timeout(soft, timeout)
 
     def on_failure(
@@ -59,7 +61,8 @@ class MeteredRequest(Request):
         try:
             super().on_failure(exc_info, send_failed_event, return_ok)
         finally:
-            self._end(_outcome(exc_info.exception))
+            error = _unwrapped(exc_info.exception)
+            self._end(_outcome(error), error)
 
     def _success_was_stored(self) -> Any:
         # Asked when a process was lost: the task may have succeeded just before.
@@ -84,9 +87,15 @@ class MeteredRequest(Request):
             if self._began:
                 return
             self._began = True
-        self._of_metrics().started.inc()
+        series = self._of_metrics()
+        series.started.inc()
+        series.in_flight.inc()
+        published = self.request_dict.get(PUBLISHED_HEADER)
+        # Another delivery waited for something else: that the worker which had the first one died.
+        if isinstance(published, int | float) and not self.delivery_info.get("redelivered"):
+            series.queue_wait.observe(max(0.0, time() - published))
 
-    def _end(self, outcome: str) -> None:
+    def _end(self, outcome: str, error: BaseException | None = None) -> None:
         with _lock:
             if self._ended:
                 return
@@ -96,10 +105,20 @@ class MeteredRequest(Request):
             series.revoked[outcome].inc()
             return
         self._begin()  # a process can be lost before it said that it took the task
-        if outcome == "terminated":
-            series.revoked[outcome].inc()
-        else:
-            getattr(series, outcome).inc()
+        series.in_flight.dec()
+        match outcome:
+            case "terminated":
+                series.revoked[outcome].inc()
+            case "failure":
+                if isinstance(
+                    error, SystemExit | KeyboardInterrupt
+                ):  # Celery, too, takes it for a lost process
+                    error = WorkerLostError()
+                series.failure[self.metrics.kind_of(error or Exception())].inc()
+                if isinstance(error, WorkerLostError):
+                    series.worker_lost.inc()
+            case _:
+                getattr(series, outcome).inc()
         if self._runtime is None:
             self._runtime = monotonic() - self._accepted_at if self._accepted_at else 0.0
         series.duration.observe(self._runtime)
@@ -107,10 +126,12 @@ class MeteredRequest(Request):
             self.pulse.tick()
 
 
-def _outcome(error: BaseException) -> str:
+def _unwrapped(error: BaseException) -> BaseException:
     # Only the wrapper is taken off: a Retry, too, has an attribute `exc`, the reason for the retry.
-    if isinstance(error, ExceptionWithTraceback):
-        error = error.exc
+    return error.exc if isinstance(error, ExceptionWithTraceback) else error
+
+
+def _outcome(error: BaseException) -> str:
     match error:
         case Retry() | Reject(requeue=True):
             return "retry"

@@ -15,11 +15,13 @@ from app.core.config import EX_CONFIG, Settings, get_settings
 from app.core.dsn import sqlalchemy_url
 from app.core.topology import Topology
 from app.observability.consumer import WatchedConsumer
+from app.observability.context import PUBLISHED_HEADER
 from app.observability.health import DatabaseProbe, Health, Pulse
 from app.observability.metering import MeteredRequest
 from app.observability.metrics import TaskMetrics
 from app.observability.server import Server
 from app.observability.systemd import notify, watchdog_seconds
+from app.observability.vitals import Vitals
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ _STATUS_SECONDS = 5.0
 
 
 def install(app: Celery, sheet: Callable[[], Topology], loop_bound: float = LOOP_BOUND) -> None:
-    """Let every worker of `app` be metered and watched; outside a worker nothing changes.
+    """Let every worker of `app` be metered and watched, and messages say when they were published.
 
     A worker whose address for `/health` and `/metrics` is taken ends at once with EX_CONFIG.
 
@@ -39,6 +41,13 @@ def install(app: Celery, sheet: Callable[[], Topology], loop_bound: float = LOOP
         sheet: called when a worker starts, for the queues whose series begin at 0.
         loop_bound: see `LOOP_BOUND`.
     """
+
+    @signals.before_task_publish.connect(weak=False)
+    def say_when(headers: dict[str, Any], **_: Any) -> None:
+        # A retry brings along the header of the run before.
+        headers.pop(PUBLISHED_HEADER, None)
+        if not headers.get("eta"):
+            headers[PUBLISHED_HEADER] = round(time.time(), 3)
 
     @signals.celeryd_init.connect(weak=False)
     def watch(instance: Any, conf: Any, options: dict[str, Any], **_: Any) -> None:
@@ -52,6 +61,7 @@ def _watch(app: Celery, conf: Any, options: dict[str, Any], sheet: Topology, loo
     metrics.begin_at_zero(_queues(options, sheet))
     probe = DatabaseProbe(sqlalchemy_url(settings.database_url.get_secret_value()))
     health = Health(Pulse(loop_bound), probe)
+    metrics.registry.register(Vitals(health, metrics.queues))
     server = _listen(settings, health, metrics)
 
     # In the worker's main process, before the pool exists.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,8 +24,21 @@ from tests.workers import Worker, environment, started
 
 APP = "tests.integration.watched_app"
 POOLS = ("prefork", "solo", "threads")
+MORE_LABELS = ("reason", "le", "exception", "kind")
 OUTCOMES = ("started", "success", "failure", "retry")
 
+# What each job must have added beside its outcomes
+DETAILS = {
+    "fails": ["failure_total.ValueError"],
+    "given_up": ["failure_total.ValueError"],
+    "rejected": ["failure_total.Reject"],
+    "exits": ["failure_total.WorkerLostError", "worker_lost_total"],
+    "soft": ["failure_total.SoftTimeLimitExceeded", "timeout_total.soft"],
+    "soft_caught": ["timeout_total.soft"],
+    "hard": ["failure_total.TimeLimitExceeded", "timeout_total.hard"],
+    "killed": ["failure_total.WorkerLostError", "worker_lost_total"],
+    "killed_once": ["failure_total.WorkerLostError", "worker_lost_total"],
+}
 # What a job must have added: started, success, failure, retry
 EVERYWHERE = {
     "ok": (1, 1, 0, 0),
@@ -72,14 +86,20 @@ class Watched:
         return json.loads(self.get("/health")[1])
 
     def samples(self) -> dict[tuple[str, str], float]:
-        """Value by (sample, task), such as (success_total, ok); a further label's value is appended."""
-        found = {}
+        """Value by (sample, task), such as (success_total, ok); a further label's value is appended.
+
+        Failures also without their exception.
+        """
+        found: dict[tuple[str, str], float] = {}
         for family in text_string_to_metric_families(self.get("/metrics")[1]):
-            for sample in family.samples:
+            for sample in family.samples if family.name.startswith("celery_task_") else ():
                 assert sample.labels["queue"] == "watched", sample
                 task = sample.labels["task_name"].removeprefix(f"{APP}.")
-                more = [sample.labels[label] for label in ("reason", "le") if label in sample.labels]
-                found[".".join([sample.name.removeprefix("celery_task_"), *more]), task] = sample.value
+                more = [sample.labels[label] for label in MORE_LABELS if label in sample.labels]
+                name = sample.name.removeprefix("celery_task_")
+                found[".".join([name, *more]), task] = sample.value
+                if "exception" in sample.labels:
+                    found[name, task] = found.get((name, task), 0) + sample.value
         return found
 
     def send(self, code: str) -> None:
@@ -170,6 +190,16 @@ def test_every_outcome_is_counted_once(watched: Watched) -> None:
     expected["started_total", "ok"] += 1
     expected["success_total", "ok"] += 1
     expected["revoked_total.expired", "ok"] += 1
+    # Whatever isn't in the ledger must not be in the metrics either: all families, all labels, all tasks.
+    for key in watched.samples():
+        if key[0].startswith(("failure_total.", "timeout_total.", "worker_lost_total", "in_flight")):
+            expected[key] = 0
+    for task in jobs:
+        for detail in DETAILS.get(task, ()):
+            expected[detail, task] = 1
+        # Runs again by retry or requeue without a countdown wait anew; a second delivery doesn't.
+        expected["queue_wait_seconds_count", task] = jobs[task][0] - (task in named)
+    expected["queue_wait_seconds_count", "ok"] += 1
 
     def differences() -> dict[Any, Any]:
         seen = watched.samples()
@@ -189,6 +219,53 @@ def test_every_outcome_is_counted_once(watched: Watched) -> None:
     if watched.pool == "prefork":
         assert seen["duration_seconds_bucket.0.5", "hard"] == 0
         assert seen["duration_seconds_bucket.5.0", "hard"] == 1
+
+
+def test_vitals(watched: Watched) -> None:
+    def gauges() -> dict[str, float]:
+        families = text_string_to_metric_families(watched.get("/metrics")[1])
+        samples = [sample for family in families for sample in family.samples]
+        return {
+            sample.name.removeprefix("celery_worker_"): sample.value
+            for sample in samples
+            if sample.name.startswith("celery_worker_") and sample.labels.get("queue", "watched") == "watched"
+        }
+
+    seen = gauges()
+    tick = seen.pop("loop_last_tick_timestamp_seconds")
+    assert abs(time.time() - tick) < 3
+    assert seen == {
+        "prefetched": 0,
+        "pool_size": 1 if watched.pool == "solo" else 2,
+        "ready": 1,
+        "draining": 0,
+        "database_connected": 1,
+        "build_info": 1,
+    }
+    before = watched.samples()["started_total", "slow"]
+    if watched.pool != "solo":  # whose one thread takes no second message while it runs the first
+        watched.send("for _ in range(5): slow.delay(2)")
+        _wait(lambda: watched.samples()["in_flight", "slow"] == 2, 10)
+        _wait(lambda: gauges()["prefetched"] == 3, 2)
+        assert watched.samples()["started_total", "slow"] == before + 2
+        _wait(lambda: watched.samples()["success_total", "slow"] == before + 5, 15)
+        assert (gauges()["prefetched"], watched.samples()["in_flight", "slow"]) == (0, 0)
+
+
+def test_a_scrape_is_well_formed_and_cheap(watched: Watched) -> None:
+    text = watched.get("/metrics")[1]
+    if promtool := shutil.which("promtool"):
+        checked = subprocess.run(
+            [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False
+        )
+        assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+    took = []
+    for _ in range(20):
+        began = time.monotonic()
+        watched.get("/metrics")
+        took.append(time.monotonic() - began)
+    print(f"a scrape of {watched.pool} takes {sorted(took)[10] * 1000:.1f} ms ({len(text)} bytes)")
+    assert min(took) < 0.02
 
 
 def test_health_shows_what_is_consumed(watched: Watched) -> None:

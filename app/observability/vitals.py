@@ -1,0 +1,74 @@
+"""What a worker is and how it is, as gauges that are read when they are asked for."""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from celery.worker import state
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from app.observability.health import Health
+
+
+class Vitals(Collector):
+    """Each gauge once for every queue the worker was started for; a unit has one.
+
+    Args:
+        health: of the worker.
+        queues: names of the sheet.
+    """
+
+    def __init__(self, health: Health, queues: Sequence[str]) -> None:
+        self._health = health
+        self._queues = queues
+        self._build = {"release": release(), "python": platform.python_version(), "celery": version("celery")}
+
+    def collect(self) -> Iterator[Metric]:
+        """The gauges, as they are now."""
+        health = self._health
+        running = len(state.active_requests)
+        # Reserved are those that run, too, until they end.
+        prefetched = max(0, len(state.reserved_requests) - running) + len(state.scheduled_requests)
+        # While a task may hold the loop, its last sign of life lies in the future.
+        since_tick = max(0.0, time.monotonic() - health.pulse.last)
+        yield self._gauge("prefetched", "Messages held by this worker that no process runs yet.", prefetched)
+        yield self._gauge(
+            "pool_size", "Tasks its pool can run at the same time; 0 while it starts.", _pool_size(health)
+        )
+        yield self._gauge("ready", "1 while jobs are taken and can be done.", health.ready)
+        yield self._gauge("draining", "1 from when it was told to stop.", health.draining)
+        yield self._gauge(
+            "loop_last_tick_timestamp_seconds",
+            "When the consumer's loop last moved; now while a task may hold it.",
+            time.time() - since_tick,
+        )
+        yield self._gauge(
+            "database_connected", "1 while the database answers fresh connections.", health.probe.reachable
+        )
+        build = GaugeMetricFamily("celery_worker_build_info", "What it runs.", labels=[*self._build])
+        build.add_metric([*self._build.values()], 1)
+        yield build
+
+    def _gauge(self, name: str, documentation: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"celery_worker_{name}", documentation, labels=["queue"])
+        for queue in self._queues:
+            family.add_metric([queue], float(value))
+        return family
+
+
+def _pool_size(health: Health) -> int:
+    pool = getattr(health.consumer, "pool", None)
+    return pool.num_processes or 0 if pool else 0
+
+
+def release() -> str:
+    """The id of the deployed release this process runs from, else the package's version."""
+    try:
+        return str(json.loads((Path(sys.prefix).resolve().parent / "release.json").read_text())["id"])
+    except (OSError, ValueError, KeyError):
+        return version("skeldir-worker-plane")
