@@ -50,6 +50,7 @@ ALTER TABLE kombu_message
     ADD COLUMN holder integer,
     ADD COLUMN delivery integer NOT NULL DEFAULT 0,
     ADD COLUMN returned integer NOT NULL DEFAULT 0,
+    ADD COLUMN blamed boolean NOT NULL DEFAULT false,
     ADD COLUMN dead text;
 COMMENT ON COLUMN kombu_message.visible IS 'waiting: neither held by a worker nor given up';
 COMMENT ON COLUMN kombu_message.priority IS '0 to 9, 9 is delivered first';
@@ -57,6 +58,7 @@ COMMENT ON COLUMN kombu_message.due_at IS 'not delivered before; emptied when it
 COMMENT ON COLUMN kombu_message.holder IS 'who has it, a row of kombu_holder';
 COMMENT ON COLUMN kombu_message.delivery IS 'number of its last delivery; with holder the fence of an ack';
 COMMENT ON COLUMN kombu_message.returned IS 'deliveries that ended with the holder''s death or a requeue';
+COMMENT ON COLUMN kombu_message.blamed IS 'one of these was its own doing; before, it is not given up';
 COMMENT ON COLUMN kombu_message.dead IS 'why it will not be delivered again (nobody took it over)';
 
 -- (id + 0), so that the planner can't take the primary key's order for this one and filter its way through.
@@ -70,9 +72,12 @@ CREATE TABLE kombu_holder (
     id integer PRIMARY KEY,
     name text NOT NULL,
     joined_at timestamptz NOT NULL DEFAULT now(),
-    beat_at timestamptz
+    beat_at timestamptz,
+    suspect bigint
 );
 COMMENT ON TABLE kombu_holder IS 'a process that holds messages; alive while a session has its advisory lock';
+COMMENT ON COLUMN kombu_holder.suspect IS
+    'the message that is to blame if this holder dies: it ran when others died';
 COMMENT ON COLUMN kombu_holder.beat_at IS 'last sign of life behind a pooler without locks, else null';
 
 CREATE TABLE kombu_binding (
@@ -201,7 +206,7 @@ BEGIN
 END $$;
 
 -- A copy for every queue that is bound in kombu_binding: broadcasts, events, replies. Nobody bound, nothing
--- written.
+-- written; but no_data_found for a persistent message to a direct exchange, which was meant for somebody.
 CREATE PROCEDURE kombu_broadcast(
     p_exchange text, p_type text, p_routing_key text,
     p_priority integer, p_due timestamptz, p_expires timestamptz, p_payload text, p_transient boolean)
@@ -231,6 +236,9 @@ BEGIN
     IF v_queues IS NOT NULL THEN
         COMMIT;
         PERFORM kombu_wake(v_queues);
+    ELSIF p_type = 'direct' AND NOT p_transient THEN
+        RAISE no_data_found USING MESSAGE =
+            format('no queue is bound to exchange %s with routing key %s', p_exchange, p_routing_key);
     END IF;
 END $$;
 
@@ -290,7 +298,7 @@ BEGIN
                         AND r.visible AND r.due_at IS NULL
                     ORDER BY r.id + 0 LIMIT v_left FOR UPDATE SKIP LOCKED))
                 RETURNING m.id, m.queue_id, m.priority, m.delivery, m.returned,
-                    CASE WHEN m.returned >= p_limits[i] THEN 'poison'
+                    CASE WHEN m.returned >= p_limits[i] AND m.blamed THEN 'poison'
                         WHEN m.expires_at <= clock_timestamp() THEN 'expired' END, m.payload;
             ELSE
                 RETURN QUERY
@@ -301,7 +309,7 @@ BEGIN
                         AND r.visible AND r.due_at IS NULL
                     ORDER BY r.priority DESC, r.id + 0 LIMIT v_left FOR UPDATE SKIP LOCKED))
                 RETURNING m.id, m.queue_id, m.priority, m.delivery, m.returned,
-                    CASE WHEN m.returned >= p_limits[i] THEN 'poison'
+                    CASE WHEN m.returned >= p_limits[i] AND m.blamed THEN 'poison'
                         WHEN m.expires_at <= clock_timestamp() THEN 'expired' END, m.payload;
             END IF;
             GET DIAGNOSTICS v_found = ROW_COUNT;
@@ -350,7 +358,8 @@ BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     WITH back AS (
         UPDATE kombu_message m SET visible = true, holder = NULL,
-            returned = m.returned + p_counted[array_position(p_ids, m.id)]::integer
+            returned = m.returned + p_counted[array_position(p_ids, m.id)]::integer,
+            blamed = m.blamed OR p_counted[array_position(p_ids, m.id)]
         WHERE m.id = ANY (p_ids) AND m.holder + 0 = p_holder
             AND m.delivery = p_deliveries[array_position(p_ids, m.id)]
         RETURNING m.queue_id
@@ -397,11 +406,13 @@ BEGIN
 END $$;
 
 -- Give back what a dead holder held, and remove what lived with it. Null when it is alive after all.
+-- Nobody knows what killed it: the death counts for all it held; or for the suspect, if it was trying one.
 CREATE FUNCTION kombu_rescue(p_gone integer, p_lease interval) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     v_queues integer[];
     v_count integer;
+    v_suspect bigint;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     IF NOT pg_try_advisory_xact_lock(1802331490, p_gone) THEN
@@ -412,8 +423,12 @@ BEGIN
     IF FOUND THEN
         RETURN NULL;
     END IF;
+    SELECT m.id INTO v_suspect FROM kombu_holder h JOIN kombu_message m ON m.id = h.suspect
+    WHERE h.id = p_gone AND m.holder = p_gone;
     WITH back AS (
-        UPDATE kombu_message SET visible = true, holder = NULL, returned = returned + 1
+        UPDATE kombu_message SET visible = true, holder = NULL,
+            returned = returned + (id = coalesce(v_suspect, id))::integer,
+            blamed = blamed OR id IS NOT DISTINCT FROM v_suspect
         WHERE holder = p_gone RETURNING queue_id
     )
     SELECT array_agg(DISTINCT queue_id), count(*) INTO v_queues, v_count FROM back;
@@ -467,7 +482,8 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON kombu_holder, kombu_binding TO app_user,
 GRANT SELECT ON kombu_holder, kombu_binding TO app_ro;
 GRANT SELECT (holder, message_ttl) ON kombu_queue TO app_ro;
 -- never the payload
-GRANT SELECT (priority, due_at, expires_at, holder, delivery, returned, dead) ON kombu_message TO app_ro;
+GRANT SELECT (priority, due_at, expires_at, holder, delivery, returned, blamed, dead)
+    ON kombu_message TO app_ro;
 """
 
 _SIGNATURES = {
@@ -504,7 +520,7 @@ DROP INDEX kombu_message_held;
 DROP INDEX kombu_message_dead;
 ALTER TABLE kombu_message
     DROP COLUMN priority, DROP COLUMN due_at, DROP COLUMN expires_at, DROP COLUMN holder,
-    DROP COLUMN delivery, DROP COLUMN returned, DROP COLUMN dead,
+    DROP COLUMN delivery, DROP COLUMN returned, DROP COLUMN blamed, DROP COLUMN dead,
     ALTER COLUMN "timestamp" DROP DEFAULT,
     ALTER COLUMN version DROP DEFAULT,
     ALTER COLUMN visible DROP DEFAULT;

@@ -43,6 +43,7 @@ class Channel(virtual.Channel):
         self._consumed: dict[str, _Consumer] = {}
         self._unacked: dict[str, Delivery] = {}
         self._ready: deque[tuple[_Consumer, TakenMessage, Delivery | None]] = deque()
+        self._suspects: deque[tuple[_Consumer, TakenMessage, Delivery]] = deque()
         self._places = Places()
         self._more_to_pop = False
         self._transient: dict[str, bool] = {}
@@ -51,7 +52,11 @@ class Channel(virtual.Channel):
     # Publishing
 
     def basic_publish(self, message: dict[str, Any], exchange: str, routing_key: str, **kwargs: Any) -> None:
-        """Publish; returns when Postgres has it on disk (a transient message: when Postgres has it)."""
+        """Publish; returns when Postgres has it on disk (a transient message: when Postgres has it).
+
+        Raises:
+            ChannelError: a persistent message to a direct exchange leads to no queue. AMQP would drop it.
+        """
         self._inplace_augment_message(message, exchange, routing_key)
         properties = message["properties"]
         publication = Publication(
@@ -70,10 +75,19 @@ class Channel(virtual.Channel):
             else:
                 target.put(self, publication._replace(queue=queue))
         if not queues and exchange:
-            self._transport.publish(
-                "CALL kombu_broadcast(%s, %s, %s, %s, %s, %s, %s, %s)",
-                (exchange, exchange_type, routing_key, *publication[1:]),
-            )
+            try:
+                self._transport.publish(
+                    "CALL kombu_broadcast(%s, %s, %s, %s, %s, %s, %s, %s)",
+                    (exchange, exchange_type, routing_key, *publication[1:]),
+                )
+            except psycopg2.errors.NoDataFound:
+                raise ChannelError(
+                    f"NO_ROUTE - no queue is bound to exchange {exchange!r} with routing key {routing_key!r}:"
+                    " the message was not published",
+                    (60, 40),
+                    "Channel.basic_publish",
+                    "312",
+                ) from None
 
     def store(self, publications: list[Publication]) -> None:
         """Store publications in one transaction, in order."""
@@ -171,9 +185,10 @@ class Channel(virtual.Channel):
         exchange_type = self.typeof(exchange)
         if exchange_type.type == "direct" and queue not in self._transient:
             if not self.state.has_binding(queue, exchange, routing_key):
-                self.state.binding_declare(queue, exchange, routing_key, arguments)
+                # In this order: who finds the binding noted publishes by the exchange's table.
                 table = self.state.exchanges[exchange].setdefault("table", [])
                 table.append(exchange_type.prepare_bind(queue, exchange, routing_key, arguments))
+                self.state.binding_declare(queue, exchange, routing_key, arguments)
             return
         pattern = "" if exchange_type.type != "topic" else _topic_pattern(routing_key)
         self._transport.declare(
@@ -263,9 +278,10 @@ class Channel(virtual.Channel):
         consumer = self._consumed.pop(consumer_tag, None)
         if consumer is None:
             return
-        for entry in [entry for entry in self._ready if entry[0] is consumer]:
-            self._ready.remove(entry)
-            self._give_back(entry[2])
+        for taken in (self._ready, self._suspects):
+            for entry in [entry for entry in taken if entry[0] is consumer]:
+                taken.remove(entry)  # type: ignore[arg-type] # it is from there
+                self._give_back(entry[2])
         if not self.consumes(consumer.queue_id):
             self._transport.stay_awake(self._places)
             self._places.remove(consumer.queue_id)
@@ -324,6 +340,7 @@ class Channel(virtual.Channel):
         for delivery_tag in list(self._unacked):
             self._give_back(self._unacked.pop(delivery_tag, None))
         self._ready.clear()
+        self._suspects.clear()
 
     def close(self) -> None:
         """End all consumers and give back what is unacknowledged."""
@@ -341,8 +358,9 @@ class Channel(virtual.Channel):
         """End, but hold on to what runs: the connection broke, and acknowledgements may still come."""
         self.closed = True
         self._consumed.clear()
-        while self._ready:
-            self._give_back(self._ready.popleft()[2])
+        for taken in (self._ready, self._suspects):
+            while taken:
+                self._give_back(taken.popleft()[2])
 
     def fetch(self, urgent: bool) -> bool:
         """Take what the window allows; whether there may be more."""
@@ -388,6 +406,20 @@ class Channel(virtual.Channel):
             consumer.callback(message)
             return True
         return False
+
+    def try_suspects(self) -> None:
+        """Let the next message run that workers died with, unless one is running.
+
+        Raises:
+            ConnectionLost: nothing is forgotten then.
+        """
+        while self._suspects:
+            consumer, message, delivery = self._suspects[0]
+            holder = self._transport.holder()
+            if delivery.holder_id == holder.id and not holder.try_suspect(self._transport.session, delivery):
+                return
+            self._suspects.popleft()
+            self._ready.append((consumer, message, delivery))
 
     @property
     def waiting(self) -> bool:
@@ -445,6 +477,9 @@ class Channel(virtual.Channel):
             self._unacked[message.delivery_tag] = delivery
             holder.held.add(delivery)
             holder.watch(delivery, message)
+            if row[4] >= self._transport.trial(consumer.queue) and self.consumes(row[1]):
+                self._suspects.append((consumer, message, delivery))
+                return
         self._ready.append((consumer, message, delivery))
 
     def _message(self, row: "tuple[Any, ...]", queue: str) -> TakenMessage | None:

@@ -105,6 +105,7 @@ class Holder:
         self.settled_at = 0.0
         self.transports: set[Transport] = set()
         self.held: set[Delivery] = set()
+        self.on_trial: Delivery | None = None
         self.acks: deque[Delivery] = deque()
         self._backs: deque[tuple[Delivery, bool]] = deque()
         self._dead: deque[tuple[Delivery, str, Any]] = deque()
@@ -182,6 +183,18 @@ class Holder:
         """Notice when nobody has the message any more: then nobody will acknowledge it."""
         orphans = self._orphans
         delivery.message = weakref.ref(message, lambda _: orphans.append(delivery))
+
+    def try_suspect(self, session: Session, delivery: Delivery) -> bool:
+        """Let a message run that others died with, one at a time: if this process dies now, it is to blame.
+
+        Raises:
+            ConnectionLost: nobody would know it was tried.
+        """
+        if self.on_trial and not self.on_trial.settled and self.on_trial.holder_id == self.id:
+            return False
+        session.run("UPDATE kombu_holder SET suspect = %s WHERE id = %s", (delivery.id, self.id))
+        self.on_trial = delivery
+        return True
 
     def pop_acks(self) -> list[Delivery]:
         """What is to be acknowledged now, for the session that does so along with something else."""

@@ -36,7 +36,9 @@ class Transport(virtual.Transport):
     """Kombu's transport for Postgres behind `sqla+postgresql://`.
 
     Transport options (`broker_transport_options`), beside kombu's own:
-        delivery_limits: deliveries by queue after which a message that ends its worker is given up.
+        delivery_limits: deliveries by queue after which a message that ends its worker is given up. The last
+            of them is a trial: a worker runs one such message at a time, and if it dies, knows (see
+            `Holder.try_suspect`) that no other message of its was to blame.
         delivery_limit: the same for queues not named there; without it there is no limit.
         on_dead: what becomes of a message that will not be delivered again (see `DeadMessage`).
         polling_interval: seconds between two looks at a queue without a notification.
@@ -200,8 +202,6 @@ class Transport(virtual.Transport):
         Raises:
             psycopg2.Error: nothing is acknowledged then, nor forgotten.
         """
-        limits = self._options.get("delivery_limits") or {}
-        default = self._options.get("delivery_limit")
         queue_ids, low, high, start = places.segments()
         asleep = places.asleep == self.session.generation
         sleep = sleep and not holder.pooled
@@ -218,7 +218,7 @@ class Transport(virtual.Transport):
                     low,
                     high,
                     start,
-                    [limits.get(queues[queue_id], default) for queue_id in queue_ids],
+                    [self._limit(queues[queue_id]) for queue_id in queue_ids],
                     want,
                     sleep,
                     asleep,
@@ -232,6 +232,15 @@ class Transport(virtual.Transport):
         places.went_on(rows, want, time.monotonic() - started)
         places.asleep = self.session.generation if not rows and (sleep or asleep) else 0
         return rows
+
+    def trial(self, queue: str) -> float:
+        """After how many deliveries that ended a worker a queue's message is on trial."""
+        limit = self._limit(queue)
+        return float("inf") if limit is None else max(1, limit - 1)
+
+    def _limit(self, queue: str) -> int | None:
+        limits: Mapping[str, int] = self._options.get("delivery_limits") or {}
+        return limits.get(queue, self._options.get("delivery_limit"))
 
     def subscribe(self, queue_id: int, *, awake: bool) -> None:
         """Be woken by a queue; `awake`: always, not only when told that we sleep."""
@@ -304,11 +313,14 @@ class Transport(virtual.Transport):
                 if payload == "back":
                     for channel in self.channels:
                         channel.came_back()
+            for channel in self.channels:
+                channel.try_suspects()
             if self._maybe and now >= self._holder.settled_at:
                 urgent = self._urgent
                 self._urgent = self._maybe = self._nudged = False
                 for channel in self.channels:
                     self._maybe = channel.fetch(urgent) or self._maybe
+                    channel.try_suspects()
         except ConnectionLost as error:
             self._lost(error)
         except psycopg2.Error:

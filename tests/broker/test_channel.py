@@ -314,6 +314,16 @@ def test_an_idle_consumer_is_woken_at_once_and_asks_rarely(connect: Connect, sql
     assert sorted(waits)[len(waits) // 2] < 0.1  # far below the poll, also on a busy machine
 
 
+def test_a_message_that_leads_nowhere_is_refused_and_not_dropped(connect: Connect, sql: cursor) -> None:
+    connection = connect()
+    send(connection, "x")
+    with pytest.raises(ChannelError, match="no queue is bound"):
+        Producer(connection.default_channel, JOBS.exchange, "a typo").publish("y")
+    assert len(rows(sql, "1")) == 1
+    # An answer, that nobody waits for any more, is not.
+    Producer(connection.default_channel, JOBS.exchange, "a typo").publish("y", delivery_mode=1)
+
+
 def test_another_process_takes_over_the_queue_name_of_a_dead_one(connect: Connect, sql: cursor) -> None:
     sql.execute("INSERT INTO kombu_holder (id, name) VALUES (7, 'dead')")
     sql.execute("INSERT INTO kombu_queue (name, holder) VALUES ('box', 7), ('other box', 7)")

@@ -23,7 +23,7 @@ from psycopg2.extensions import connection
 
 from tests.postgres import Database
 
-LIMIT = 3
+LIMIT = 1
 TAKE = (
     "SELECT id, delivery, dead FROM kombu_take("
     "%s, '{}', '{}', ARRAY[%s], '{0}', '{9}', '{0}', ARRAY[%s], %s, false, false)"
@@ -38,6 +38,7 @@ class Message:
     holder: int | None = None
     delivery: int = 0
     returned: int = 0
+    blamed: bool = False
     gone: bool = False
 
 
@@ -46,6 +47,8 @@ class Model:
     """What is believed of all."""
 
     messages: dict[int, Message] = field(default_factory=dict)
+    suspects: dict[int, int] = field(default_factory=dict)
+    """What each holder would be killed by, if it died now."""
     deliveries: list[tuple[int, int, int]] = field(default_factory=list)
     """Every (holder, message, delivery) ever given: each may be named again, however late."""
 
@@ -107,7 +110,7 @@ def machine(connect: Callable[[], connection]) -> type[RuleBasedStateMachine]:
                 message = self.model.messages[id_]
                 message.holder, message.delivery = holder, message.delivery + 1
                 assert delivery == message.delivery
-                assert (dead == "poison") == (message.returned >= LIMIT)
+                assert (dead == "poison") == (message.returned >= LIMIT and message.blamed)
                 self.model.deliveries.append((holder, id_, delivery))
 
         def name(self, data: st.DataObject) -> tuple[int, int, int]:
@@ -148,6 +151,7 @@ def machine(connect: Callable[[], connection]) -> type[RuleBasedStateMachine]:
             if message:
                 message.holder = None
                 message.returned += counted
+                message.blamed |= counted
 
         @rule(data=st.data())
         @precondition(lambda self: self.model.deliveries)
@@ -174,10 +178,23 @@ def machine(connect: Callable[[], connection]) -> type[RuleBasedStateMachine]:
             holder = data.draw(st.integers(1, self.next_holder - 1))
             count = self.ask("SELECT kombu_rescue(%s, NULL)", holder)[0][0]
             assert (count is None) == (holder in self.sessions)
-            for message in self.model.messages.values():
-                if message.holder == holder and not message.gone and count is not None:
-                    message.holder = None
-                    message.returned += 1
+            if count is None:
+                return
+            held = [id_ for id_, m in self.model.messages.items() if m.holder == holder and not m.gone]
+            suspect = self.model.suspects.pop(holder, None)
+            for id_ in held:
+                message = self.model.messages[id_]
+                message.holder = None
+                message.returned += suspect not in held or id_ == suspect
+                message.blamed |= id_ == suspect
+
+        @rule(data=st.data())
+        @precondition(lambda self: self.sessions and self.model.deliveries)
+        def put_on_trial(self, data: st.DataObject) -> None:
+            holder, id_, _ = self.name(data)
+            if holder in self.sessions:
+                self.ask("UPDATE kombu_holder SET suspect = %s WHERE id = %s", id_, holder)
+                self.model.suspects[holder] = id_
 
         @rule(data=st.data())
         @precondition(lambda self: self.sessions and self.model.deliveries)
@@ -198,9 +215,9 @@ def machine(connect: Callable[[], connection]) -> type[RuleBasedStateMachine]:
 
         @invariant()
         def agree(self) -> None:
-            found = self.ask("SELECT id, holder, delivery, returned, visible FROM kombu_message")
+            found = self.ask("SELECT id, holder, delivery, returned, blamed, visible FROM kombu_message")
             believed = [
-                (id_, m.holder, m.delivery, m.returned, m.holder is None)
+                (id_, m.holder, m.delivery, m.returned, m.blamed, m.holder is None)
                 for id_, m in self.model.messages.items()
                 if not m.gone
             ]

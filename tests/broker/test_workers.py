@@ -73,6 +73,27 @@ def test_a_job_that_kills_its_process_stops_at_the_limit(
     assert sql.fetchall() == [("poison", 3, None)]
 
 
+@pytest.mark.parametrize("pool", [POOLS[0], POOLS[2]], ids=lambda pool: pool[1])
+def test_who_was_taken_along_with_a_killer_does_not_share_its_blame(
+    worker: Callable[..., Worker],
+    publish: Callable[[str], None],
+    ledger: Ledger,
+    sql: cursor,
+    pool: tuple[str, ...],
+) -> None:
+    publish(
+        "tasks.job.delay('before', 0.3); tasks.poison.delay()\n"
+        "for i in range(6): tasks.job.delay(f'j{i}', 0.3)"
+    )
+    for _ in range(4):
+        one = worker(*pool, PREFETCH="8", DELIVERY_LIMIT="2")
+        until(lambda one=one: one.process.poll() is not None or not left(sql), 40)
+    assert [ledger.count(f"ended j{i}") for i in range(6)] == [1] * 6
+    sql.execute("SELECT dead, payload::jsonb #>> '{headers,task}' FROM kombu_message")
+    assert sql.fetchall() == [("poison", "tests.broker.app_for_tests.poison")]
+    assert sum("began poison" in line for line in ledger.lines()) == 2
+
+
 def test_a_warm_stop_hands_back_at_once_what_was_not_started(
     worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: cursor
 ) -> None:
