@@ -30,8 +30,8 @@ ENTRY = f"""
     metrics_port: {PORT}
     concurrency: 1
     prefetch: 1
-    soft_time_limit: 240
-    time_limit: 300
+    soft_time_limit: 600
+    time_limit: 660
     delivery_limit: 3
     retry: {{max_retries: 3, backoff: 1, backoff_max: 60}}
 """
@@ -47,6 +47,7 @@ from app.db.session import get_session
 def summarise() -> str:
     """Wait for whoever has the lock."""
     with get_session(None) as session:
+        session.execute(text("SET LOCAL lock_timeout = 0"))  # the roles' own would end it on a slow machine
         session.execute(text("SELECT pg_advisory_xact_lock(42)"))
     return "summarised"
 '''
@@ -111,7 +112,7 @@ def test_removed_it_drains_and_leaves_nothing(worker: Host, database: Host, adde
     held = "FROM pg_locks WHERE locktype = 'advisory' AND objid = 42 AND"
     with ThreadPoolExecutor() as pool:
         lock = (
-            "psql --dbname=skeldir --command='SELECT pg_advisory_lock(42)' --command='SELECT pg_sleep(240)'"
+            "psql --dbname=skeldir --command='SELECT pg_advisory_lock(42)' --command='SELECT pg_sleep(600)'"
         )
         pool.submit(database.run, f"runuser --user=postgres -- {lock}")
         wait_until(lambda: sql(database, f"SELECT count(*) {held} granted") == "1", 10)
@@ -124,7 +125,7 @@ def test_removed_it_drains_and_leaves_nothing(worker: Host, database: Host, adde
         run = pool.submit(site)
         state = f"systemctl show --value --property=ActiveState {unit('reports')}"
         try:
-            wait_until(lambda: worker.check_output(state) == "deactivating", 200)
+            wait_until(lambda: worker.check_output(state) == "deactivating", 500)
         finally:
             sql(database, f"SELECT pg_terminate_backend(pid) {held} granted")
         removal = run.result()
