@@ -5,6 +5,7 @@ import json
 import sys
 
 from app.core.topology import TopologyError, load_topology
+from monitoring import dashboards
 from monitoring.sheet import sheet_rules
 
 
@@ -16,6 +17,16 @@ def _sheet(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _dashboards(arguments: argparse.Namespace) -> int:
+    if not arguments.check:
+        dashboards.write()
+    elif stale := dashboards.stale():
+        sys.exit(
+            f"{', '.join(stale)}: not what monitoring/panels.py says; run `python -m monitoring dashboards`"
+        )
+    return 0
+
+
 def main() -> int:
     """Run one command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m monitoring", description=__doc__)
@@ -23,6 +34,9 @@ def main() -> int:
     command = commands.add_parser("sheet", help="print the rule file with the sheet's numbers")
     command.add_argument("--overrides", default="{}", help="the inventory's skeldir_queue_overrides, as JSON")
     command.set_defaults(run=_sheet)
+    command = commands.add_parser("dashboards", help="write grafana/dashboards/")
+    command.add_argument("--check", action="store_true", help="write nothing; fail when something is stale")
+    command.set_defaults(run=_dashboards)
     arguments = parser.parse_args()
     return int(arguments.run(arguments))
 
