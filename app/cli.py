@@ -23,6 +23,7 @@ from app.core.config import EX_CONFIG, ConfigurationError
 from app.core.topology import Topology, TopologyError, load_topology
 from app.db.session import get_engine
 from app.dlq.command import dlq_cli
+from app.exporter.process import run as run_exporter
 from app.observability.context import correlation
 from app.tasks import housekeeping
 from app.tasks.discovery import disagreements, discover
@@ -113,6 +114,12 @@ def worker(queue: Annotated[str, typer.Argument(help="The queue of the sheet to 
     arguments += ["--queues", queue, "--hostname", f"{queue}@%h", "--pool", "prefork", "--loglevel", "INFO"]
     arguments += ["--concurrency", str(entry.concurrency), "--prefetch-multiplier", str(entry.prefetch)]
     os.execv(python, arguments)  # noqa: S606 - no shell, and every word is from the sheet
+
+
+@cli.command()
+def exporter() -> None:
+    """Tell Prometheus about queues, dead letters and the database; one process a plane, as app_ro."""
+    run_exporter(topology())
 
 
 @cli.command()

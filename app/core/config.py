@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     celery_metrics_port: int = Field(default=DEFAULT_METRICS_PORT, ge=1, le=65535)
     celery_metrics_addr: str = "127.0.0.1"
     skeldir_queue_overrides: dict[str, dict[str, Any]] = {}
+    skeldir_connection_budget: int | None = Field(default=None, ge=1)
 
     @field_validator("database_url")
     @classmethod

@@ -32,6 +32,7 @@ _CLASS_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 
 _Seconds = Annotated[int, Field(gt=0, strict=True)]
 _Count = Annotated[int, Field(ge=1, strict=True)]
+_Port = Annotated[int, Field(ge=1024, le=65535, strict=True)]
 _Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -106,7 +107,7 @@ class Queue(_Entry):
     exchange: str = Field(min_length=1)
     routing_key: str = Field(min_length=1)
     tasks: tuple[str, ...] = Field(min_length=1)
-    metrics_port: Annotated[int, Field(ge=1024, le=65535, strict=True)]
+    metrics_port: _Port
     concurrency: _Count
     prefetch: _Count
     soft_time_limit: _Seconds
@@ -179,10 +180,17 @@ class _QueueOverride(_Entry):
     queue_wait_target_seconds: _WaitTarget | None = None
 
 
+class Exporter(_Entry):
+    """The one process a plane that tells Prometheus about the database."""
+
+    port: _Port
+
+
 class Topology(_Entry):
-    """All queues of the sheet, by name, in the sheet's order."""
+    """All queues of the sheet, by name, in the sheet's order, and the exporter."""
 
     queues: dict[str, Queue] = Field(min_length=1)
+    exporter: Exporter | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -209,6 +217,10 @@ class Topology(_Entry):
                     raise ValueError(
                         f"{kind} {shown} is claimed by the queues {owner} and {queue.name}; change one"
                     )
+        if self.exporter and (taken := owners.get(("metrics_port", self.exporter.port))):
+            raise ValueError(
+                f"exporter.port {self.exporter.port} is the metrics_port of the queue {taken}; change one"
+            )
         return self
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The worker's HTTP server: `/health`, `/health/live`, `/health/ready` and `/metrics`."""
+"""The HTTP server of a worker or the exporter: `/health`, `/health/live`, `/health/ready` and `/metrics`."""
 
 import contextlib
 import json
@@ -10,14 +10,28 @@ import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from app.observability.health import Health
-
 logger = logging.getLogger(__name__)
+
+
+class Answers(Protocol):
+    """What the server wants to know of the process it belongs to (`app.observability.health.Health`)."""
+
+    @property
+    def live(self) -> bool:
+        """Whether it must not be restarted."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it does its work."""
+
+    def report(self) -> dict[str, Any]:
+        """The detail; healthy when its `status` is `ok`."""
+
 
 _MOST_CLIENTS = 16
 _TEXT = "text/plain; charset=utf-8"
@@ -87,7 +101,7 @@ class Server(ThreadingMixIn, TCPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, address: str, port: int, health: Health, registry: CollectorRegistry) -> None:
+    def __init__(self, address: str, port: int, health: Answers, registry: CollectorRegistry) -> None:
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self.health = health
         self.registry = registry

@@ -254,6 +254,18 @@ def test_vitals(watched: Watched) -> None:
 
 def test_a_scrape_is_well_formed_and_cheap(watched: Watched) -> None:
     text = watched.get("/metrics")[1]
+    # The rules are tested with recorded scrapes: `python -m tests.monitoring.record` when this fails.
+    recorded = (ROOT / "tests/monitoring/scrapes/worker-healthy.txt").read_text()
+    mine = {
+        line
+        for line in recorded.splitlines()
+        if line.startswith("# TYPE celery_") and " celery_d" not in line
+    }
+    assert {line for line in text.splitlines() if line.startswith("# TYPE")} == {
+        line
+        for line in mine
+        if "celery_worker_dlq" not in line  # this application has no dead letters
+    }
     if promtool := shutil.which("promtool"):
         checked = subprocess.run(
             [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False

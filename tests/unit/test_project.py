@@ -82,6 +82,15 @@ def test_only_the_sheet_knows_a_queues_port_and_tasks(queue: Queue) -> None:
             assert not found, f"{name} repeats {found.group() if found else ''} of app/topology.yml"
 
 
+def test_only_the_sheet_knows_the_exporters_port() -> None:
+    assert SHEET.exporter
+    port = re.compile(rf"\b{SHEET.exporter.port}\b")
+    for path in project_files():
+        name = path.relative_to(ROOT).as_posix()
+        if not SPEAKS_OF_THE_SHEET.search(name):
+            assert not port.search(path.read_text(errors="ignore")), name
+
+
 def test_the_readme_shows_the_sheet() -> None:
     rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
     for queue in SHEET.queues.values():
