@@ -95,7 +95,10 @@ class _FilterOptions:
     until: Annotated[datetime | None, typer.Option(parser=_moment, metavar="TIME", help="Failed before.")] = (
         None
     )
-    text: Annotated[str | None, typer.Option(help="Words of the error message.")] = None
+    text: Annotated[
+        str | None,
+        typer.Option(help="Words of the error message, as they stand there; the last may be cut short."),
+    ] = None
     assignee: Annotated[str | None, typer.Option(help="Who cares for them.")] = None
     state: Annotated[list[StateName] | None, typer.Option(help="Their state; open ones without.")] = None
 

@@ -5,6 +5,7 @@ transitions exist and what is recorded of them is the database's business (`alem
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -76,7 +77,7 @@ class Filter:
             "tenant": str(self.tenant) if self.tenant else None,
             "since": self.since,
             "until": self.until,
-            "text": f"%{_escaped(self.text)}%" if self.text else None,
+            "text": _pattern(self.text) if self.text else None,
             "assignee": self.assignee,
             "without_tenant": True if self.without_tenant else None,
         }
@@ -99,6 +100,7 @@ class Filter:
 
 _OF_A_KIND = ("task", "failure_class", "error_type")
 _MANY_KINDS = 3000
+_FEW = 20_000  # rows that are looked at one by one
 _CONDITIONS = {
     "ids": "f.id = ANY (:ids)",
     "queue": "f.queue = :queue",
@@ -109,7 +111,7 @@ _CONDITIONS = {
     "tenant": "f.tenant_id = CAST(:tenant AS uuid)",
     "since": "f.last_failed_at >= :since",
     "until": "f.last_failed_at < :until",
-    "text": r"f.error_message ILIKE :text ESCAPE '\'",
+    "text": "f.error_message ~* :text",
     "assignee": "f.assignee = :assignee",
     "without_tenant": "f.tenant_id IS NULL AND :without_tenant",
 }
@@ -199,7 +201,9 @@ def find(
         before: `last_failed_at` and `id` of the last row of the page before.
     """
     where, values = which.where()
-    if (kinds := _kinds(session, which)) is not None:
+    if (few := _few(session, which)) is not None:
+        where, values = f"{where} AND f.id = ANY (:few)", values | {"few": few}
+    elif (kinds := _kinds(session, which)) is not None:
         where, values = f"{where} AND f.fingerprint = ANY (:kinds)", values | {"kinds": kinds}
     if before:
         where += " AND (f.last_failed_at, f.id) < (:before_time, :before_id)"
@@ -226,36 +230,51 @@ def count(session: Session, which: Filter) -> int:
 
 def groups(session: Session, which: Filter, *, limit: int = 50) -> list[Group]:
     """Equal failures together, the largest group first."""
-    _without_compiling(session)
+    # Over a million rows Postgres would compile the query first, for longer than the query takes; and sort on
+    # the disk what it takes for less than it is.
+    session.execute(text("SELECT set_config('jit', 'off', true), set_config('enable_sort', 'off', true)"))
     where, values = which.where()
-    counted, kinds = where, _kinds(session, which)
-    if kinds is not None:  # then the count needs nothing but the index
-        counted = f"{which.where(*_OF_A_KIND)[0]} AND f.fingerprint = ANY (:kinds)"
-    rows = session.execute(
-        text(
-            f"""
-            WITH by_tenant AS (
-                SELECT f.fingerprint, f.tenant_id, count(*) AS n FROM celery_task_failures f
-                WHERE {counted} GROUP BY f.fingerprint, f.tenant_id
-            ), by_fingerprint AS (
-                SELECT fingerprint, sum(n)::bigint AS count, count(tenant_id) AS tenants
-                FROM by_tenant GROUP BY fingerprint ORDER BY 2 DESC, 1 LIMIT :limit
-            )
-            SELECT g.*, oldest.first_failed_at, newest.last_failed_at, newest.class AS failure_class,
-                newest.task, newest.queue, newest.error_type, newest.error_message, newest.id AS example_id
-            FROM by_fingerprint g,
-                LATERAL (SELECT f.* FROM celery_task_failures f
-                    WHERE f.fingerprint = g.fingerprint AND {where}
-                    ORDER BY f.last_failed_at DESC, f.id DESC LIMIT 1) newest,
-                LATERAL (SELECT f.first_failed_at FROM celery_task_failures f
-                    WHERE f.fingerprint = g.fingerprint AND {where}
-                    ORDER BY f.last_failed_at, f.id LIMIT 1) oldest
-            ORDER BY g.count DESC, g.fingerprint
-            """  # noqa: S608 - constants
-        ),
-        values | {"limit": limit, "kinds": kinds},
-    )
+    if (few := _few(session, which)) is not None:
+        query, values = _GROUPS_OF_FEW.format(where=where), values | {"few": few}
+    else:
+        counted, kinds = where, _kinds(session, which)
+        if kinds is not None:  # then the count needs nothing but the index
+            counted = f"{which.where(*_OF_A_KIND)[0]} AND f.fingerprint = ANY (:kinds)"
+        query, values = _GROUPS.format(where=where, counted=counted), values | {"kinds": kinds}
+    rows = session.execute(text(query), values | {"limit": limit})
     return [Group(**row._mapping) for row in rows]
+
+
+_GROUPS = """
+    WITH by_tenant AS (
+        SELECT f.fingerprint, f.tenant_id, count(*) AS n FROM celery_task_failures f
+        WHERE {counted} GROUP BY f.fingerprint, f.tenant_id
+    ), by_fingerprint AS (
+        SELECT fingerprint, sum(n)::bigint AS count, count(tenant_id) AS tenants
+        FROM by_tenant GROUP BY fingerprint ORDER BY 2 DESC, 1 LIMIT :limit
+    )
+    SELECT g.*, oldest.first_failed_at, newest.last_failed_at, newest.class AS failure_class,
+        newest.task, newest.queue, newest.error_type, newest.error_message, newest.id AS example_id
+    FROM by_fingerprint g,
+        LATERAL (SELECT f.* FROM celery_task_failures f WHERE f.fingerprint = g.fingerprint AND {where}
+            ORDER BY f.last_failed_at DESC, f.id DESC LIMIT 1) newest,
+        LATERAL (SELECT f.first_failed_at FROM celery_task_failures f
+            WHERE f.fingerprint = g.fingerprint AND {where}
+            ORDER BY f.last_failed_at, f.id LIMIT 1) oldest
+    ORDER BY g.count DESC, g.fingerprint
+"""
+_GROUPS_OF_FEW = """
+    WITH meant AS MATERIALIZED (
+        SELECT f.* FROM celery_task_failures f WHERE f.id = ANY (:few) AND {where}
+    ), by_fingerprint AS (
+        SELECT fingerprint, count(*) AS count, count(DISTINCT tenant_id) AS tenants,
+            min(first_failed_at) AS first_failed_at,
+            (array_agg(id ORDER BY last_failed_at DESC, id DESC))[1] AS example_id
+        FROM meant GROUP BY fingerprint ORDER BY 2 DESC, 1 LIMIT :limit
+    )
+    SELECT g.*, m.last_failed_at, m.class AS failure_class, m.task, m.queue, m.error_type, m.error_message
+    FROM by_fingerprint g JOIN meant m ON m.id = g.example_id ORDER BY g.count DESC, g.fingerprint
+"""
 
 
 def show(session: Session, failure_id: int) -> Details:
@@ -284,7 +303,7 @@ def show(session: Session, failure_id: int) -> Details:
 
 def stats(session: Session) -> list[dict[str, Any]]:
     """Counts by state, class and queue; for `app_ro` too."""
-    _without_compiling(session)
+    session.execute(text("SELECT set_config('jit', 'off', true)"))
     rows = session.execute(
         text(
             """
@@ -449,9 +468,23 @@ def act_as(session: Session, actor: str, reason: str) -> None:
     )
 
 
-def _without_compiling(session: Session) -> None:
-    """Over a million rows Postgres compiles the query first, for longer than the query takes."""
-    session.execute(text("SELECT set_config('jit', 'off', true)"))
+def _few(session: Session, which: Filter) -> list[int] | None:
+    """Ids among which all rows meant are, when an index knows them to be few; None otherwise."""
+    if which.ids:
+        return list(which.ids)
+    if which.assignee is not None:
+        query = "SELECT id FROM celery_task_failures WHERE assignee = :assignee LIMIT :limit"
+        values = {"assignee": _storable(which.assignee), "limit": _FEW + 1}
+        ids = list(session.execute(text(query), values).scalars())
+        if len(ids) <= _FEW:
+            return ids
+    if which.text:
+        found: list[int] | None = session.execute(
+            text("SELECT celery_task_failure_search(:words, :limit)"),
+            {"words": _storable(which.text), "limit": _FEW},
+        ).scalar_one()
+        return found
+    return None
 
 
 def _kinds(session: Session, which: Filter) -> list[str] | None:
@@ -520,8 +553,10 @@ def _row(mapping: Any) -> Row:
     return Row(**mapping)
 
 
-def _escaped(pattern: str) -> str:
-    return pattern.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+def _pattern(words: str) -> str:
+    """The regular expression of Postgres that finds a text as it is, from the beginning of a word."""
+    literal = re.sub(r"(\W|_)", r"\\\1", words)
+    return f"(^|[^[:alnum:]]){literal}" if words[0].isalnum() else literal
 
 
 def _text(value: Any) -> str | None:

@@ -141,6 +141,61 @@ def test_every_filter_finds_its_rows_and_no_other(plane: Plane) -> None:
             assert store.count(session, which) == len(expected)
 
 
+WORDS = [
+    "connection reset by peer", "CONNECTION", "connection res", "reset by", "eset", "peer 4711", "4711", "47",
+    "711", "db.example.com", "example", "/srv/x.py", ".py", "100%", "%", "_", "a_b", "[x]", "(", "\\d", "^c", "ß",
+    "größe", "\n", "'; --", "\ud800", "\0", "***=x", "zzz", " ", "x" * 3000,
+]  # fmt: skip
+
+
+def test_words_are_found_the_same_with_the_index_and_without(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for message in (
+        "Connection reset by peer 4711", "db.example.com/srv/x.py: 100% of a_b", "[x] (y) \\d ^c größe\nß '; --",
+        "***=x \0 \ud800", "x" * 3000,
+    ):  # fmt: skip
+        plane.fail(payload(tenant_id=TENANT_A), Failure.of("permanent", "E", message))
+    found: dict[int, list[set[int]]] = {}
+    for few in (20_000, -1):
+        monkeypatch.setattr(store, "_FEW", few)
+        with plane.session() as session:
+            found[few] = [{row.id for row in store.find(session, Filter(text=words))} for words in WORDS]
+    with plane.session("app_user", TENANT_A) as session:
+        tenants = [{row.id for row in store.find(session, Filter(text=words))} for words in WORDS]
+    assert found[20_000] == found[-1] == tenants
+    first = {words: ids for words, ids in zip(WORDS, tenants, strict=True) if 1 in ids}
+    assert first.keys() == {
+        *(
+            "connection reset by peer",
+            "CONNECTION",
+            "connection res",
+            "reset by",
+            "peer 4711",
+            "4711",
+            "47",
+            " ",
+        )
+    }
+
+
+def test_the_few_are_grouped_as_the_many(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(9):
+        plane.fail(
+            payload(tenant_id=TENANT_A if number % 2 else None),
+            Failure.of("permanent", f"E{number % 3}", f"no {number}"),
+        )
+    with plane.session() as session:
+        store.assign(session, Filter(task=TASK), "maria", actor="t")
+    seen = []
+    for few in (20_000, -1):
+        monkeypatch.setattr(store, "_FEW", few)
+        with plane.session() as session:
+            seen.append(store.groups(session, Filter(assignee="maria", text="no"), limit=2))
+    assert seen[0] == seen[1]
+    assert [group.count for group in seen[0]] == [3, 3]
+
+
 def test_pages_join_without_a_gap_or_a_row_twice(plane: Plane) -> None:
     ids = [plane.fail() for _ in range(7)]
     seen: list[int] = []
