@@ -50,7 +50,8 @@ INSERT INTO celery_task_failures
 SELECT CASE WHEN n %% 20 < 8 THEN 'pending' WHEN n %% 20 < 15 THEN 'ignored' ELSE 'resolved' END,
     (ARRAY['permanent', 'transient', 'timeout'])[1 + kind %% 3], 'bench.task' || kind %% 12, n,
     CASE WHEN n %% 3 > 0 THEN lpad(to_hex(n %% 300), 32, '0')::uuid END, queue, queue, queue,
-    'Error' || kind, format('order %%s of customer %%s: connection reset by peer after %%s s', n, n %% 5000, kind),
+    'Error' || kind,
+    format('order %%s of customer %%s: connection reset by peer after %%s s', n, n %% 5000, kind),
     left(md5(kind::text), 16), 'worker@host' || n %% 4, 'host' || n %% 4, 1 + n %% 4, 1,
     now() - n * interval '30 s', now() - n * interval '30 s', -n, true,
     CASE WHEN n %% 1000 = 0 THEN 'maria' END

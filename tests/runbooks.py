@@ -1,4 +1,4 @@
-"""Runbooks as a tired person uses them: each block of commands is copied from the page and pasted into a shell.
+"""Runbooks as a tired person uses them: each block of commands is copied from the page and pasted in a shell.
 
 A block is what stands between a line "```sh" and the next "```". The block of kind `text` behind it, if
 there is one, is an example of what it prints, and its first line must come again (numbers and spaces aside).
@@ -18,6 +18,7 @@ from tests.postgres import ROOT
 RUNBOOKS = ROOT / "runbooks"
 SECTIONS = ["Meaning", "Impact", "Diagnosis", "Mitigation", "Verify recovered", "Escalate"]
 
+_WORD = re.compile(r"[A-Za-z][A-Za-z_'-]+")
 _BLOCK = re.compile(r"^```(?P<info>.*)\n(?P<text>(?:.*\n)*?)```$", re.MULTILINE)
 _ASKS = re.compile(r"^read -r -p \"[^\"]+\" (\w+)$")
 Run = Callable[[str], tuple[int, str]]
@@ -126,8 +127,9 @@ class Reader:
 
 
 def _words(line: str) -> set[str]:
-    """The words of a line, without what differs from one time to the next."""
-    return {word for word in re.findall(r"[A-Za-z][A-Za-z_'-]+", line) if not re.search(r"\d", word)}
+    """The words of a line, without what differs from one time to the next: numbers, places and dates."""
+    line = re.sub(r"\S*/|\b[A-Z][a-z]{2} +\d+ [\d:]+", " ", line)
+    return set(_WORD.findall(line))
 
 
 def bash(environment: Mapping[str, str], directory: Path) -> Run:

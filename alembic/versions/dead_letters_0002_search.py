@@ -1,4 +1,4 @@
-"""Find dead letters by the words of their errors, by who cares for them and by their state, in a million rows.
+"""Find dead letters by the words of their errors, by who cares for them and by state, in a million rows.
 
 The words are indexed where errors are appended and never changed, so a row that is replayed costs nothing.
 """

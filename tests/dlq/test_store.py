@@ -143,8 +143,8 @@ def test_every_filter_finds_its_rows_and_no_other(plane: Plane) -> None:
 
 WORDS = [
     "connection reset by peer", "CONNECTION", "connection res", "reset by", "eset", "peer 4711", "4711", "47",
-    "711", "db.example.com", "example", "/srv/x.py", ".py", "100%", "%", "_", "a_b", "[x]", "(", "\\d", "^c", "ß",
-    "größe", "\n", "'; --", "\ud800", "\0", "***=x", "zzz", " ", "x" * 3000,
+    "711", "db.example.com", "example", "/srv/x.py", ".py", "100%", "%", "_", "a_b", "[x]", "(", "\\d", "^c",
+    "ß", "größe", "\n", "'; --", "\ud800", "\0", "***=x", "zzz", " ", "x" * 3000,
 ]  # fmt: skip
 
 
@@ -152,7 +152,8 @@ def test_words_are_found_the_same_with_the_index_and_without(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for message in (
-        "Connection reset by peer 4711", "db.example.com/srv/x.py: 100% of a_b", "[x] (y) \\d ^c größe\nß '; --",
+        "Connection reset by peer 4711", "db.example.com/srv/x.py: 100% of a_b",
+        "[x] (y) \\d ^c größe\nß '; --",
         "***=x \0 \ud800", "x" * 3000,
     ):  # fmt: skip
         plane.fail(payload(tenant_id=TENANT_A), Failure.of("permanent", "E", message))
