@@ -205,6 +205,10 @@ def find(
         where, values = f"{where} AND f.id = ANY (:few)", values | {"few": few}
     elif (kinds := _kinds(session, which)) is not None:
         where, values = f"{where} AND f.fingerprint = ANY (:kinds)", values | {"kinds": kinds}
+    elif which.text:  # what is in many rows is soon found in the newest, which Postgres can't know
+        session.execute(
+            text("SELECT set_config('enable_seqscan', 'off', true), set_config('enable_sort', 'off', true)")
+        )
     if before:
         where += " AND (f.last_failed_at, f.id) < (:before_time, :before_id)"
         values |= {"before_time": before[0], "before_id": before[1]}

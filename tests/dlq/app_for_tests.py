@@ -33,7 +33,8 @@ celery.conf.update(
 )
 dead_letters = DeadLetters(lambda task: task in celery.tasks)
 app.broker.register(on_dead=dead_letters)
-worker.install(celery, dead_letters)
+if os.environ.get("DEAD_LETTERS") != "off":  # to measure what they cost
+    worker.install(celery, dead_letters)
 
 
 @signals.task_prerun.connect
