@@ -1,6 +1,7 @@
 """The runbooks of the dead letters, pasted into a shell, beside a worker whose jobs really failed."""
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from app.dlq import store
+from app.dlq.classify import Failure
 from app.dlq.store import Filter
 from tests import runbooks
 from tests.dlq.conftest import until
 from tests.dlq.plane import TENANT_A, TENANT_B, Plane, payload
-from tests.postgres import BIN
+from tests.postgres import BIN, ROOT
 from tests.workers import Worker, ready_worker
 
 PAGES = sorted(path.name for path in runbooks.pages("dlq-*.md"))
@@ -43,21 +45,24 @@ def plane(shared_plane: Plane, worker: Worker) -> Iterator[Plane]:
 @pytest.fixture
 def reader(plane: Plane, tmp_path: Path) -> Iterator[Callable[[str], runbooks.Reader]]:
     """Somebody who opens a page on a worker host, and has run all of it in the end."""
-    environment = {
-        "PATH": f"{BIN}:/usr/bin:/bin",
-        "HOME": str(tmp_path),
-        "DATABASE_URL": plane.database.dsn("app_rw"),
-    }
     opened: list[runbooks.Reader] = []
 
     def open_page(name: str) -> runbooks.Reader:
         page = runbooks.read_page(runbooks.RUNBOOKS / name)
-        opened.append(runbooks.Reader(page, runbooks.bash(environment, tmp_path)))
+        opened.append(runbooks.Reader(page, runbooks.bash(operators_environment(plane, tmp_path), tmp_path)))
         return opened[-1]
 
     yield open_page
     for one in opened:
         one.assert_nothing_is_left()
+
+
+def operators_environment(plane: Plane, home: Path) -> dict[str, str]:
+    return {
+        "PATH": f"{BIN}:/usr/bin:/bin",
+        "HOME": str(home),
+        "DATABASE_URL": plane.database.dsn("app_rw"),
+    }
 
 
 def change(plane: Plane, statements: str) -> None:
@@ -110,6 +115,20 @@ def test_a_page_has_its_sections_and_a_test(name: str) -> None:
     assert page.sections == runbooks.SECTIONS
     assert {block.section for block in page.blocks} == {"Diagnosis", "Mitigation", "Verify recovered"}
     assert f'"{name}"' in Path(__file__).read_text()
+
+
+def test_the_readmes_commands_run_as_they_stand_there(plane: Plane, tmp_path: Path) -> None:
+    ids = [
+        plane.fail(payload(task=PING), Failure.of("timeout", "TimeLimitExceeded", "m"), "housekeeping")
+        for _ in range(7)
+    ]
+    run = runbooks.bash(operators_environment(plane, tmp_path), tmp_path)
+    [block] = re.findall(r"```sh\n(skeldir dlq .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for command in block.splitlines():
+        status, said = run(command.replace(" 42", f" {ids[-1]}"))
+        assert status == 0, f"{command}\n{said}"
+    until(lambda: rows(plane, "in_progress") == 0, 20)
+    assert (rows(plane, "resolved"), rows(plane, "ignored")) == (7, 0)
 
 
 def test_a_failure_burst(plane: Plane, reader: Callable[[str], runbooks.Reader]) -> None:

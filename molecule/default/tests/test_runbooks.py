@@ -21,7 +21,7 @@ def test_replaying_after_a_fix(worker: Host, database: Host) -> None:
 
     def rows(state: str) -> int:
         where = f"task = '{REFRESH}' AND state = '{state}'"
-        return int(sql(database, f"SELECT count(*) FROM celery_task_failures WHERE {where}"))
+        return int(sql(database, f"SELECT count(*) FROM celery_task_failures WHERE {where}"))  # noqa: S608
 
     before = rows("resolved")
     sql(database, f"REVOKE {FUNCTION} FROM app_user")  # as a deployment that forgot a grant
