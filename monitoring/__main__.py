@@ -5,7 +5,7 @@ import json
 import sys
 
 from app.core.topology import TopologyError, load_topology
-from monitoring import dashboards
+from monitoring import check, dashboards
 from monitoring.sheet import sheet_rules
 
 
@@ -27,6 +27,16 @@ def _dashboards(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> int:
+    findings = check.check()
+    for found in findings.values():
+        for problem in found:
+            print(problem)
+    for name, found in findings.items():
+        print(f"{name}: {len(found)}")
+    return int(any(findings.values()))
+
+
 def main() -> int:
     """Run one command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m monitoring", description=__doc__)
@@ -37,6 +47,8 @@ def main() -> int:
     command = commands.add_parser("dashboards", help="write grafana/dashboards/")
     command.add_argument("--check", action="store_true", help="write nothing; fail when something is stale")
     command.set_defaults(run=_dashboards)
+    command = commands.add_parser("check", help="prove all of it, and print four numbers that must be 0")
+    command.set_defaults(run=_check)
     arguments = parser.parse_args()
     return int(arguments.run(arguments))
 

@@ -89,6 +89,8 @@ prepare_machine() {
   fi
   if [ "$purpose" = fast ] || [ "$purpose" = tests ]; then
     compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
+    command -v promtool >/dev/null || missing+=(prometheus)
+    command -v amtool >/dev/null || missing+=(prometheus-alertmanager)
   fi
   if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null ||
@@ -105,15 +107,18 @@ need_root() {
 }
 
 install_packages() {
-  local quiet=/etc/postgresql-common/createcluster.d/skeldir.conf
+  local quiet=/etc/postgresql-common/createcluster.d/skeldir.conf policy=/usr/sbin/policy-rc.d
   as_root dpkg --configure -a # an installation that was interrupted
   retry as_root apt-get -qq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=120 update
   # The tests make clusters of their own; Debian's default one isn't wanted on this machine.
   as_root mkdir -p "$(dirname "$quiet")"
   echo "create_main_cluster = false" | as_root tee "$quiet" >/dev/null
+  # Nor does any service start by itself: whatever is needed is started by hand.
+  [ ! -e "$policy" ] || policy=
+  [ -z "$policy" ] || printf '#!/bin/sh\nexit 101\n' | as_root install -m 755 /dev/stdin "$policy"
   retry as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=120 \
     install --yes --no-install-recommends "$@"
-  as_root rm -f "$quiet"
+  as_root rm -f "$quiet" ${policy:+"$policy"}
 }
 
 # start_engine: the Docker engine that answers, or one of our own, which `./plane down` ends.
