@@ -32,7 +32,7 @@ from monitoring.recordings import Moment
 
 ROOT = Path(__file__).parents[1]
 RULES, TESTS, RUNBOOKS = (ROOT / name for name in ("prometheus/rules", "prometheus/tests", "runbooks"))
-_HELD = 300
+_HELD = 120
 """Seconds that a moment lasts in the Prometheus that panels are asked in."""
 
 Findings = dict[str, list[str]]
@@ -225,7 +225,10 @@ def prometheus(moments: list[Moment], sheet: str) -> Iterator[Any]:
 
             def ask(path: str, **parameters: Any) -> Any:
                 if path == "query_range":
-                    parameters |= {"start": begin, "end": time.time(), "step": 30}
+                    # The last step is now: what rules record is there since a moment ago only.
+                    now = time.time()
+                    steps = (now - begin) // 30
+                    parameters |= {"start": now - steps * 30, "end": now, "step": 30}
                 url = f"http://{address}/api/v1/{path}?{urlencode(parameters)}"
                 try:
                     with urlopen(url, timeout=30) as answer:
@@ -262,7 +265,7 @@ def _wait_for(log: Path, process: subprocess.Popen[bytes]) -> None:
 def _openmetrics(moments: list[Moment], begin: float) -> str:
     """The moments one after the other; counters grow evenly from one to the next."""
     lines: dict[str, list[str]] = defaultdict(list)
-    step = 30
+    step = 15
     for number, moment in enumerate(moments):
         before = moments[number - 1].series if number else {}
         for series, value in moment.series.items():

@@ -520,7 +520,7 @@ WORKERS = Page(
                 ),
                 Panel(
                     "Runs begun",
-                    "A second, by task.",
+                    "A second, by task. Normal: what its queue is sent; nothing although jobs wait is a worker that takes none.",
                     (
                         (
                             'sum by (task_name) (rate(celery_task_started_total{instance=~"$instance"}'

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-import psycopg2
-
 from app.core.topology import load_topology
 from monitoring import recordings
 from monitoring.recordings import Series, Writer
@@ -33,7 +31,14 @@ FOREIGN = (
     "alertmanager_notifications_failed_total",
     "node_filesystem_",
 )
-BUSY, IDLE = "housekeeping", "llm"
+SETTINGS = {
+    "max_connections": "50",
+    "synchronous_commit": "off",
+    "autovacuum_naptime": "1s",
+    "autovacuum_vacuum_cost_delay": "0",
+}
+REPLAY = ("dlq", "replay", "--class", "timeout", "--reason", "recorded", "--rate", "100")
+BUSY, *IDLE = SHEET.queues
 
 
 class Targets:
@@ -110,7 +115,7 @@ class Plane:
         self.workers["exporter"] = stack.enter_context(
             started([sys.executable, "-c", code], self.folder / "exporter", env)
         )
-        self.targets.add("skeldir-exporter", "worker1:9549", port)
+        self.targets.add("skeldir-exporter", f"worker1:{SHEET.exporter.port}", port)
         wait(lambda: self.exported("celery_postgres_database_size_bytes"))
 
     def exported(self, metric: str, **labels: str) -> float:
@@ -143,8 +148,8 @@ class Plane:
 
 @contextmanager
 def troubled_monitoring(folder: Path, targets: Targets) -> Iterator[None]:
-    """A Prometheus whose rule can't be evaluated, and an Alertmanager whose receiver is away."""
-    prometheus, alertmanager, dead = free_port(), free_port(), free_port()
+    """A Prometheus whose rule can't be evaluated, and an Alertmanager whose receiver refuses everything."""
+    prometheus, alertmanager = free_port(), free_port()
     (folder / "rules.yml").write_text(
         "groups: [{name: broken, interval: 1s, rules: [{record: x, expr: 'up * on (job) group_left () up'},"
         " {alert: Rings, expr: vector(1)}]}]"
@@ -160,8 +165,8 @@ scrape_configs:
 """
     )
     (folder / "alertmanager.yml").write_text(
-        "route: {receiver: away, group_wait: 1s, group_interval: 1s}\n"
-        f"receivers: [{{name: away, webhook_configs: [{{url: 'http://127.0.0.1:{dead}/'}}]}}]\n"
+        "route: {receiver: refuses, group_wait: 1s, group_interval: 1s}\n"
+        f"receivers: [{{name: refuses, webhook_configs: [{{url: 'http://127.0.0.1:{prometheus}/no'}}]}}]\n"
     )
     commands = (
         [
@@ -169,6 +174,7 @@ scrape_configs:
             f"--config.file={folder}/prometheus.yml",
             f"--storage.tsdb.path={folder}/prometheus",
             f"--web.listen-address=127.0.0.1:{prometheus}",
+            "--rules.alert.resend-delay=1s",  # it meets Alertmanager later than its first alert
         ],
         [
             "prometheus-alertmanager",
@@ -218,7 +224,11 @@ def record(plane: Plane, disk: Path) -> None:
     """One trouble after the other; each moment's name is what `monitoring.proofs` calls it."""
     targets, cluster = plane.targets, plane.cluster
     began = plane.database.connect("app_rw")  # the transaction that grows old
+    wait(lambda: targets.value("prometheus", "prometheus_rule_evaluation_failures_total") > 0)
+    wait(lambda: targets.value("alertmanager", "alertmanager_notifications_failed_total") > 0)
+    wait(lambda: targets.value("node", "node_filesystem_size_bytes") > 0)
     targets.moment("calm")
+    time.sleep(3)
 
     plane.send("ok", 60)
     wait(lambda: plane.told("celery_task_success_total", queue=BUSY) >= 60)
@@ -298,25 +308,24 @@ def record(plane: Plane, disk: Path) -> None:
     plane.send("slow", 2, args=[30.0])
     wait(lambda: plane.exported("celery_queue_messages", queue=BUSY, state="held") == 2)
     plane.kill(BUSY)
-    plane.kill(IDLE)
+    for queue in IDLE:
+        plane.kill(queue)
     wait(lambda: plane.exported("celery_broker_held_by_dead") >= 2)
     targets.moment("all_killed")
     plane.start_worker(BUSY)
-    plane.start_worker(IDLE)
+    for queue in IDLE:
+        plane.start_worker(queue)
     wait(lambda: plane.exported("celery_broker_held_by_dead") == 0)
     targets.moment("all_again")
 
-    guests = []
-    with suppress(psycopg2.OperationalError):
-        while True:
-            guests.append(plane.database.connect("app_rw"))
-    for guest in guests[-1:]:
-        guest.close()  # the exporter needs one
-    time.sleep(12)
+    # The plane's own roles are limited, so it takes a guest.
+    taken = plane.database.rows("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'")
+    guests = [plane.database.connect("postgres") for _ in range(46 - int(str(taken[0][0])))]
+    wait(lambda: plane.exported("celery_postgres_connections") >= 45)
     targets.moment("no_connections")
     for guest in guests:
         guest.close()
-    wait(lambda: plane.exported("celery_postgres_connections", role="app_rw") <= 1)
+    wait(lambda: plane.exported("celery_postgres_connections", role="other") == 0)
     targets.moment("connections_again")
 
     began.autocommit = False
@@ -333,7 +342,7 @@ def record(plane: Plane, disk: Path) -> None:
     wait(lambda: plane.exported("celery_table_dead_tuples", table="kombu_message") > 1e6, 60)
     targets.moment("old_snapshot")
     began.rollback()
-    plane.sql("ALTER TABLE kombu_message RESET (autovacuum_enabled)", "VACUUM ANALYZE kombu_message")
+    plane.sql("ALTER TABLE kombu_message RESET (autovacuum_enabled)")
     wait(lambda: plane.exported("celery_table_dead_tuples", table="kombu_message") < 1e5, 120)
     wait(lambda: plane.exported("celery_postgres_oldest_xmin_age_transactions") < 1e6, 30)
     targets.moment("snapshot_gone")
@@ -354,7 +363,7 @@ def record(plane: Plane, disk: Path) -> None:
     wait(lambda: plane.exported("skeldir_exporter_database_up") == 0)
     targets.moment("postgres_stopped")
     cluster.start()
-    wait(lambda: plane.told("celery_worker_ready") == 2, 90)
+    wait(lambda: plane.told("celery_worker_ready") == len(SHEET.queues), 90)
     wait(lambda: plane.exported("skeldir_exporter_database_up") == 1)
     wait(lambda: plane.exported("celery_dlq_open") > 0, 90)
     targets.moment("postgres_again")
@@ -362,7 +371,7 @@ def record(plane: Plane, disk: Path) -> None:
 
 def main() -> None:
     """Record, and put the result where it belongs."""
-    cluster = Cluster(settings={"max_connections": "50", "synchronous_commit": "off"})
+    cluster = Cluster(settings=SETTINGS)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="skeldir-record-")))
         made = folder / "troubles.txt"
@@ -371,8 +380,8 @@ def main() -> None:
         stack.enter_context(contextmanager(lambda: provisioned)())
         plane = Plane(cluster, folder, targets)
         stack.callback(lambda: [each.close() for each in plane.stacks.values()])
-        plane.start_worker(BUSY)
-        plane.start_worker(IDLE)
+        for queue in SHEET.queues:
+            plane.start_worker(queue)
         plane.start_exporter()
         node_stack = stack.enter_context(ExitStack())
         disk = node_stack.enter_context(small_disk(folder, targets))
