@@ -1,1 +1,0 @@
-"""What the plane shows Prometheus, recorded."""
