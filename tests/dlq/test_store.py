@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import psycopg2
 import pytest
+from sqlalchemy import text
 
 from app.dlq import store
 from app.dlq.classify import FAILURE_CLASSES, Failure
@@ -163,6 +164,8 @@ def test_words_are_found_the_same_with_the_index_and_without(
         with plane.session() as session:
             found[few] = [{row.id for row in store.find(session, Filter(text=words))} for words in WORDS]
     with plane.session("app_user", TENANT_A) as session:
+        nothing = session.execute(text("SELECT celery_task_failure_search('peer', 10)")).scalar_one()
+        assert nothing is None  # no ids of others
         tenants = [{row.id for row in store.find(session, Filter(text=words))} for words in WORDS]
     assert found[20_000] == found[-1] == tenants
     first = {words: ids for words, ids in zip(WORDS, tenants, strict=True) if 1 in ids}
