@@ -13,8 +13,14 @@ name: skeldir_topology
 short_description: The queues of app/topology.yml, typed and checked
 description:
   - Returns the mapping of queue names to their entries, with the inventory's overrides applied.
+  - With the term C(exporter) it returns the exporter's entry.
   - The sheet is the one of the checkout this plugin lies in; no host and no fact is needed.
 options:
+  _terms:
+    description: The part of the sheet, C(queues) or C(exporter).
+    type: list
+    elements: str
+    default: [queues]
   overrides:
     description: Numbers by queue name.
     type: dict
@@ -61,4 +67,7 @@ class LookupModule(LookupBase):  # type: ignore[misc]
             if self.get_option("problems"):
                 return str(error).splitlines()
             raise AnsibleError(str(error)) from error
-        return [] if self.get_option("problems") else [topology.model_dump(mode="json")["queues"]]
+        if self.get_option("problems"):
+            return []
+        sheet = topology.model_dump(mode="json")
+        return [sheet[part] for part in terms or ["queues"]]
