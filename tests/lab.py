@@ -118,8 +118,14 @@ class Run:
         ]
 
 
+WITHOUT_MONITORING = {"default", "refusals"}
+"""Scenarios that leave out what watches the plane (their molecule.yml says so, too)."""
+
+
 def site(*arguments: str, tree: Path = ROOT, env: dict[str, str] | None = None) -> Run:
     """Run a tree's `site.yml` on this scenario's lab hosts."""
+    if SCENARIO in WITHOUT_MONITORING:
+        arguments = ("--skip-tags=monitoring", *arguments)
     done = subprocess.run(
         [
             Path(sys.executable).with_name("ansible-playbook"),

@@ -102,6 +102,12 @@ def test_every_queue_answers(worker: Host, added: dict[str, str]) -> None:
     )
 
 
+def test_prometheus_reads_its_port_and_judges_it(worker: Host, added: dict[str, str]) -> None:
+    found = f'"instance":"worker1:{PORT}","job":"celery-worker"'
+    assert found in worker.check_output("curl -s 'http://127.0.0.1:9090/api/v1/targets?state=active'")
+    assert "queue: reports" in worker.check_output("cat /etc/prometheus/skeldir-rules.yml")
+
+
 def test_the_same_tree_again_changes_nothing(worker: Host, tree: Path, added: dict[str, str]) -> None:
     run = site(tree=tree)
     assert (run.status, run.changed) == (0, 0), run.recap
@@ -135,4 +141,5 @@ def test_removed_it_drains_and_leaves_nothing(worker: Host, database: Host, adde
     left = worker.run("find /etc/skeldir/worker /etc/systemd -name '*reports*'")
     assert left.stdout == ""
     assert worker.check_output("systemctl list-units --all --plain --no-legend '*reports*'") == ""
+    assert f":{PORT}" not in worker.check_output("cat /etc/prometheus/prometheus.yml")
     assert invocations(worker) == {key: value for key, value in added.items() if key != unit("reports")}
