@@ -18,6 +18,8 @@ from tests.dlq.conftest import Worker, until
 from tests.dlq.plane import Plane, payload
 from tests.postgres import ROOT
 
+pytestmark = pytest.mark.timeout(240)
+
 POOLS = {
     "prefork": ("housekeeping", ("-P", "prefork", "-c", "1")),
     "solo": ("maintenance", ("-P", "solo")),
