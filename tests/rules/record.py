@@ -48,6 +48,10 @@ class Targets:
         self._writer = Writer(path, HEAD)
         self.ports: dict[tuple[str, str], int] = {}
 
+    def port(self, job: str, instance: str) -> int:
+        """The port of a target of this machine, a free one the first time."""
+        return self.ports.setdefault((job, instance), free_port())
+
     def add(self, job: str, instance: str, port: int) -> None:
         self.ports[job, instance] = port
 
@@ -97,25 +101,23 @@ class Plane:
         self.workers: dict[str, Worker] = {}
 
     def start_worker(self, queue: str, *, wait_for_it: bool = True) -> None:
-        port = free_port()
+        port = self.targets.port("celery-worker", f"worker1:{SHEET.queues[queue].metrics_port}")
         words = ["worker", "--queues", queue, "--concurrency", str(SHEET.queues[queue].concurrency), "-n"]
         command = [sys.executable, "-m", "celery", "-A", MODULE, *words, f"{queue}@recorded"]
         env = environment(self.database.dsn(), CELERY_METRICS_PORT=str(port))
         stack = self.stacks[queue] = ExitStack()
         self.workers[queue] = stack.enter_context(started(command, self.folder / queue, env))
-        self.targets.add("celery-worker", f"worker1:{SHEET.queues[queue].metrics_port}", port)
         if wait_for_it:
             wait(lambda: self.targets.value("celery-worker", "celery_worker_ready", queue=queue) == 1)
 
     def start_exporter(self) -> None:
-        port = free_port()
+        port = self.targets.port("skeldir-exporter", f"worker1:{SHEET.exporter.port}")
         code = f"from {MODULE} import run_exporter; run_exporter({port})"
         env = environment(self.database.dsn("app_ro"), SKELDIR_CONNECTION_BUDGET="57")
         stack = self.stacks["exporter"] = ExitStack()
         self.workers["exporter"] = stack.enter_context(
             started([sys.executable, "-c", code], self.folder / "exporter", env)
         )
-        self.targets.add("skeldir-exporter", f"worker1:{SHEET.exporter.port}", port)
         wait(lambda: self.exported("celery_postgres_database_size_bytes"))
 
     def exported(self, metric: str, **labels: str) -> float:
@@ -275,21 +277,10 @@ def record(plane: Plane, disk: Path) -> None:
     plane.stacks.pop(BUSY).close()  # stopped as by systemctl
     plane.send("ok", 10)
     subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "app.cli",
-            "dlq",
-            "replay",
-            "--class",
-            "timeout",
-            "--reason",
-            "recorded",
-            "--all",
-        ],
-        env=environment(plane.database.dsn("app_rw")) | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", f"import {MODULE}; from app.cli import main; main()", *REPLAY],
+        env=environment(plane.database.dsn("app_rw")),
         cwd=ROOT,
-        check=False,
+        check=True,
         timeout=60,
     )
     wait(lambda: plane.exported("celery_queue_oldest_ready_age_seconds", queue=BUSY) > 32, 90)
