@@ -236,7 +236,7 @@ def prometheus(moments: list[Moment], sheet: str) -> Iterator[Any]:
                 except HTTPError as error:
                     raise ValueError(json.load(error)["error"]) from error
 
-            # Rules read rules: three rounds until all that is recorded is there. What never comes shows as empty.
+            # Rules read rules: three rounds until all that is recorded is there; else it shows as empty.
             deadline = time.monotonic() + 20
             ready = "celery_queue:late_starts:ratio_rate3d and on () ALERTS"
             while not ask("query", query=ready)["result"] and time.monotonic() < deadline:

@@ -731,8 +731,9 @@ POSTGRES = Page(
                     "Share of each file system that is free. Postgres stops when it is full.",
                     (
                         (
-                            'node_filesystem_avail_bytes{fstype!~"tmpfs|ramfs"} / node_filesystem_size_bytes',
-                            "{{instance}} {{mountpoint}}",
+                            "min by (instance, device) "
+                            '(node_filesystem_avail_bytes{fstype!~"tmpfs|ramfs"} / node_filesystem_size_bytes)',
+                            "{{instance}} {{device}}",
                         ),
                     ),
                     unit="percentunit",

@@ -115,6 +115,7 @@ check workflow "the workflow (check-jsonschema)" \
   check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 check locks "the locked requirements are what pyproject.toml resolves to" locks_are_current
 check unit "unit tests" suite unit tests/unit
+check watching "alerts fire and end, panels show something, runbooks run" python -m monitoring check
 # Each file on a Postgres of its own: they mostly wait.
 check real "on a real Postgres: sessions, workers, broker, dead letters" \
   side_by_side tests/integration tests/broker tests/dlq tests/rules

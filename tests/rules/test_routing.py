@@ -17,7 +17,7 @@ from tests.postgres import free_port
 ROUTING = check.ROOT / "prometheus/routing.yml"
 RECEIVERS = ("page", "ticket", "watchdog", "nobody")
 ALERTS = [(rule["alert"], rule["labels"]["severity"]) for rule in check.rules() if "alert" in rule]
-EVERYWHERE = {"queue": "llm", "task_name": "t", "instance": "w:1", "mountpoint": "/"}
+EVERYWHERE = {"queue": "llm", "task_name": "t", "instance": "w:1", "device": "/dev/vda"}
 
 
 @pytest.fixture(scope="module")
