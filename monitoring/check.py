@@ -1,6 +1,6 @@
 """Four numbers that must be 0: `python -m monitoring check`.
 
-- dead rules: a rule reads a series that no target of the recording has and no rule makes;
+- dead rules: a rule reads a series that no target of the recording has and no rule makes, or records nothing;
 - unproved alerts: no case in prometheus/tests that fires and ends, none that stays silent, no recorded
   trouble in which it fires and after which it ends, or no runbook and dashboard where its annotations point;
 - empty panels: a query that fails or finds nothing in a real Prometheus which holds the recording, a
@@ -42,10 +42,13 @@ def check() -> Findings:
     """What is wrong, by the name of the number it counts for."""
     moments = recordings.read()
     sheet = proofs.sheet_of_the_recording()
+    with prometheus(moments, sheet) as ask:
+        silent = silent_rules(ask)
+        empty = empty_panels(ask)
     return {
-        "dead rules": dead_rules(moments, sheet),
+        "dead rules": dead_rules(moments, sheet) + silent,
         "unproved alerts": unproved_alerts(moments, sheet),
-        "empty panels": empty_panels(moments, sheet),
+        "empty panels": empty,
         "runbooks with an unexecuted command": unexecuted(),
     }
 
@@ -67,6 +70,12 @@ def dead_rules(moments: list[Moment], sheet: str) -> list[str]:
         for selector in sorted(selectors(rule["expr"]))
         if selector[0] not in made and not any(reads(selector, series) for series in known)
     ]
+
+
+def silent_rules(ask: Any) -> list[str]:
+    """Recording rules that record nothing in a Prometheus which has seen all there is."""
+    names = dict.fromkeys(rule["record"] for rule in rules() if "record" in rule)
+    return [f"{name} records nothing" for name in names if not ask("query", query=name)["result"]]
 
 
 def _shown(selector: tuple[str, tuple[tuple[str, str], ...]]) -> str:
@@ -138,27 +147,26 @@ def _links() -> Iterator[str]:
             yield f"runbooks/{path.name} is of no alert"
 
 
-def empty_panels(moments: list[Moment], sheet: str) -> list[str]:
+def empty_panels(ask: Any) -> list[str]:
     """What is wrong with the dashboards."""
     found = [f"{name} is not what monitoring/panels.py says" for name in dashboards.stale()]
     found += [problem for page in PAGES for problem in _layout(page)]
-    with prometheus(moments, sheet) as ask:
-        for page in PAGES:
-            for variable in page.variables:
-                series, _, label = variable.query.removeprefix("label_values(")[:-1].rpartition(", ")
-                if not ask(f"label/{label}/values", **{"match[]": series}):
-                    found.append(f"{page.uid}: the variable {variable.name} has no value")
-            for _, panels in page.rows:
-                for panel in panels:
-                    for expression, _ in panel.queries:
-                        try:
-                            answer = ask("query_range", query=filled_in(expression))["result"]
-                        except ValueError as error:
-                            found.append(f"{page.uid}, {panel.title}: {error}")
-                            continue
-                        seen = any(value != "NaN" for line in answer for _, value in line["values"])
-                        if not seen and panel.may_be_empty is None:
-                            found.append(f"{page.uid}, {panel.title}: nothing for {expression}")
+    for page in PAGES:
+        for variable in page.variables:
+            series, _, label = variable.query.removeprefix("label_values(")[:-1].rpartition(", ")
+            if not ask(f"label/{label}/values", **{"match[]": series}):
+                found.append(f"{page.uid}: the variable {variable.name} has no value")
+        for _, panels in page.rows:
+            for panel in panels:
+                for expression, _ in panel.queries:
+                    try:
+                        answer = ask("query_range", query=filled_in(expression))["result"]
+                    except ValueError as error:
+                        found.append(f"{page.uid}, {panel.title}: {error}")
+                        continue
+                    seen = any(value != "NaN" for line in answer for _, value in line["values"])
+                    if not seen and panel.may_be_empty is None:
+                        found.append(f"{page.uid}, {panel.title}: nothing for {expression}")
     return found
 
 
