@@ -3,8 +3,12 @@
 from contextlib import closing
 
 import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
 
-from bench import measures
+from app.core.dsn import sqlalchemy_url
+from app.core.topology import load_topology
+from bench import dlq, measures
 from bench.__main__ import POOLS, table
 
 
@@ -40,6 +44,18 @@ def test_pickup_and_raw_channels(ours):
 def test_recovery_and_idling(ours):
     assert 0 < measures.recovery(ours, 0) < measures.TOO_LONG
     assert measures.idle_transactions(ours, 1) >= 0
+
+
+def test_questions_about_dead_letters_and_their_capture(ours):
+    dlq.fill(ours.database, 300, list(load_topology().queues))
+    engine = create_engine(sqlalchemy_url(ours.database.dsn("app_rw")))
+    with Session(engine) as session:
+        answers = {name: ask(session, which, **more) for name, (ask, which, more) in dlq.looks().items()}
+    engine.dispose()
+    assert answers["list --assignee"] == []
+    assert len(answers["list "]) == 50
+    assert sum(group.count for group in answers["groups --text, every row"]) > 200
+    assert all(seconds > 0 for seconds in dlq.capture_in_postgres(ours.database, 3))
 
 
 def test_table_says_how_many_times_better():
