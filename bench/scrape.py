@@ -69,27 +69,29 @@ def main(
 ) -> None:
     """Measure, print, and fail when a scrape takes too long or a number is wrong."""
     for postgres in provisioned_cluster():
-        database = postgres.copy_database("skeldir", "scraped")
-        fill(database, rows)
-        port = free_port()
-        code = (
-            "from app.core.topology import Exporter, load_topology\nfrom app.exporter.process import run\n"
-            f"run(load_topology().model_copy(update={{'exporter': Exporter(port={port})}}))"
-        )
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            started(
-                [sys.executable, "-c", code], Path(folder) / "exporter", environment(database.dsn("app_ro"))
-            ),
-        ):
-            text = found(port)
-            took = []
-            for _ in range(200):
-                began = time.monotonic()
-                text = scrape(port)
-                took.append(time.monotonic() - began)
-                time.sleep(0.02)
-        report(text, sorted(took), rows)
+        measure(postgres.copy_database("skeldir", "scraped"), rows)
+
+
+def measure(database: Database, rows: int) -> None:
+    """Fill a database and scrape an exporter of it."""
+    fill(database, rows)
+    port = free_port()
+    code = (
+        "from app.core.topology import Exporter, load_topology\nfrom app.exporter.process import run\n"
+        f"run(load_topology().model_copy(update={{'exporter': Exporter(port={port})}}))"
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        started([sys.executable, "-c", code], Path(folder) / "exporter", environment(database.dsn("app_ro"))),
+    ):
+        text = found(port)
+        took = []
+        for _ in range(200):
+            began = time.monotonic()
+            text = scrape(port)
+            took.append(time.monotonic() - began)
+            time.sleep(0.02)
+    report(text, sorted(took), rows)
 
 
 def found(port: int) -> str:

@@ -18,6 +18,7 @@ from psycopg2.errors import InsufficientPrivilege
 
 from app.core.topology import load_topology
 from app.exporter.collectors import Arrivals, Collected, collectors
+from bench import scrape
 from tests.postgres import ROOT, Cluster, Database, free_port
 from tests.workers import environment, publish, ready_worker, started
 
@@ -352,6 +353,10 @@ def test_a_scrape_is_well_formed(exported: Exported) -> None:
             [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False
         )
         assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_a_scrape_of_a_full_plane_is_cheap(database: Database) -> None:
+    scrape.measure(database, rows=5000)  # python -m bench.scrape has a million
 
 
 def test_a_taken_port_is_said(database: Database, exported: Exported) -> None:
