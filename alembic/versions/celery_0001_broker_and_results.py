@@ -4,6 +4,11 @@ Column names and nullability are theirs. One thing is wider: ids are BIGINT wher
 because the two message sequences count every job and would pass 2^31 within a year at 100 jobs a second.
 Both read it the same.
 
+Tables that kombu's and Celery's own code made on this database are taken over: queues, messages that were not
+delivered yet, and results are copied into the new tables. Messages that were delivered (`visible` is false) are
+left behind: the stock transport never deletes one, so a finished job looks like one whose worker was killed. A
+worker that is stopped warmly gives back what it hadn't finished; stop all of them so before this migration.
+
 Workers (`app_user`) and operators (`app_rw`) use the tables; neither may create, empty or alter one.
 `app_ro` reads the columns that count and describe: never a payload, arguments, a result or a traceback.
 """
@@ -12,6 +17,7 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 from alembic import op
+from alembic.util import CommandError
 from sqlalchemy.schema import CreateSequence
 
 revision: str = "celery_0001"
@@ -65,12 +71,62 @@ def storage(table: str, parameters: dict[str, float]) -> None:
     op.execute(f"ALTER TABLE {table} SET ({settings})")
 
 
+def stock_tables() -> list[str]:
+    """Which of the four tables exist already; the printed SQL of an offline run expects none.
+
+    Raises:
+        CommandError: app_owner doesn't own them.
+    """
+    if op.get_context().as_sql:
+        return []
+    found = op.get_bind().execute(
+        sa.text(
+            "SELECT relname, relkind, pg_has_role(current_user, relowner, 'USAGE') FROM pg_class"
+            " WHERE relnamespace = 'public'::regnamespace AND relname = ANY (:names)"
+        ),
+        {"names": [*SEQUENCES, *SEQUENCES.values()]},
+    )
+    rows = found.all()
+    foreign = [
+        f"ALTER {'SEQUENCE' if kind == 'S' else 'TABLE'} {name} OWNER TO app_owner"
+        for name, kind, mine in rows
+        if not mine
+    ]
+    if foreign:
+        raise CommandError(
+            "there are tables of kombu's or Celery's own that belong to another role than app_owner; as that role"
+            f" (a member of app_owner) or a superuser: {'; '.join(sorted(foreign))}; then migrate"
+        )
+    return [table for table in SEQUENCES.values() if any(name == table for name, _, _ in rows)]
+
+
+def set_aside(tables: list[str]) -> None:
+    """Copy what stays out of the way and drop the rest: as fast as that is, however much was delivered."""
+    if not tables:
+        return
+    op.execute(f"LOCK TABLE {', '.join(tables)}")
+    for table in tables:
+        waiting = "WHERE visible AND queue_id IS NOT NULL" if table == "kombu_message" else ""
+        op.execute(f"CREATE TABLE stock_{table} AS SELECT * FROM {table} {waiting}")  # noqa: S608 - names above
+    op.execute(f"DROP TABLE {', '.join(tables)}")
+
+
+def bring_back(table: str) -> None:
+    """Fill a new table with what was set aside."""
+    columns = [column["name"] for column in sa.inspect(op.get_bind()).get_columns(f"stock_{table}")]
+    names = ", ".join(f'"{name}"' for name in columns)
+    op.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM stock_{table} ORDER BY id")  # noqa: S608
+    op.execute(f"DROP TABLE stock_{table}")
+
+
 def upgrade() -> None:
     op.execute("REVOKE ALL ON alembic_version FROM app_user, app_rw, app_ro")
     op.execute("GRANT SELECT ON alembic_version TO app_user, app_rw, app_ro")
 
+    stock = stock_tables()
+    set_aside(stock)
     for sequence in SEQUENCES:
-        op.execute(CreateSequence(sa.Sequence(sequence)))
+        op.execute(CreateSequence(sa.Sequence(sequence), if_not_exists=bool(stock)))
 
     op.create_table(
         "kombu_queue",
@@ -120,6 +176,9 @@ def upgrade() -> None:
         sa.UniqueConstraint("taskset_id", name="celery_tasksetmeta_taskset_id_key"),
     )
     op.create_index("ix_celery_tasksetmeta_date_done", "celery_tasksetmeta", ["date_done"])
+
+    for table in stock:  # the queues before their messages
+        bring_back(table)
 
     storage("kombu_message", HOT)
     storage("celery_taskmeta", WARM)

@@ -12,7 +12,9 @@ import app.broker
 app.broker.register(delivery_limit=int(os.environ.get("DELIVERY_LIMIT", "3")))
 celery = Celery("tests", broker=f"sqla+{os.environ['DATABASE_URL']}")
 celery.conf.update(
-    task_queues=[Queue("jobs", Exchange("jobs", "direct"), "jobs")],
+    task_queues=[
+        Queue(name, Exchange(name, "direct"), name) for name in os.environ.get("QUEUES", "jobs").split(",")
+    ],
     task_default_queue="jobs",
     task_acks_late=True,
     task_reject_on_worker_lost=True,
