@@ -32,7 +32,15 @@ PASSWORDS = {role: f"{role}'s p@ss:w/rd %41 #?&" for role in ("app_owner", "app_
 
 
 def server_binaries() -> Path:
-    """The newest directory with PostgreSQL's server programs; RuntimeError says what to install."""
+    """The directory with PostgreSQL's server programs; RuntimeError says what to install.
+
+    `SKELDIR_TEST_POSTGRES` names it (`scripts/postgres-binaries 18` makes one of another version); else it is
+    Debian's newest.
+    """
+    if chosen := os.environ.get("SKELDIR_TEST_POSTGRES"):
+        if not Path(chosen, "postgres").is_file():
+            raise RuntimeError(f"SKELDIR_TEST_POSTGRES is {chosen}, where there is no program `postgres`")
+        return Path(chosen)
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda p: int(p.parts[-3]))
     if found:
         return found[-1].parent
