@@ -4,10 +4,11 @@ Column names and nullability are theirs. One thing is wider: ids are BIGINT wher
 because the two message sequences count every job and would pass 2^31 within a year at 100 jobs a second.
 Both read it the same.
 
-Tables that kombu's and Celery's own code made on this database are taken over: queues, messages that were not
-delivered yet, and results are copied into the new tables. Messages that were delivered (`visible` is false) are
-left behind: the stock transport never deletes one, so a finished job looks like one whose worker was killed. A
-worker that is stopped warmly gives back what it hadn't finished; stop all of them so before this migration.
+Tables that kombu's and Celery's own code made on this database are taken over: queues, messages that were
+not delivered yet, and results are copied into the new tables. Messages that were delivered (`visible` is
+false) are left behind: the stock transport never deletes one, so a finished job looks like one whose worker
+was killed. A worker that is stopped warmly gives back what it hadn't finished; stop all of them so before
+this migration.
 
 Workers (`app_user`) and operators (`app_rw`) use the tables; neither may create, empty or alter one.
 `app_ro` reads the columns that count and describe: never a payload, arguments, a result or a traceback.
@@ -94,8 +95,8 @@ def stock_tables() -> list[str]:
     ]
     if foreign:
         raise CommandError(
-            "there are tables of kombu's or Celery's own that belong to another role than app_owner; as that role"
-            f" (a member of app_owner) or a superuser: {'; '.join(sorted(foreign))}; then migrate"
+            "there are tables of kombu's or Celery's own that belong to another role than app_owner; as that"
+            f" role (a member of app_owner) or a superuser: {'; '.join(sorted(foreign))}; then migrate"
         )
     return [table for table in SEQUENCES.values() if any(name == table for name, _, _ in rows)]
 

@@ -1,4 +1,4 @@
-"""kombu's and Celery's own code on Postgres, without this project's: python -m tests.broker.stock URL STEP."""
+"""kombu's and Celery's own code, without this project's: python -m tests.broker.stock URL STEP."""
 
 import sys
 from datetime import UTC, datetime, timedelta

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-
 from tests.broker.conftest import Ledger, Worker, until
 from tests.postgres import ROOT, Database, run_alembic
 
