@@ -33,7 +33,8 @@ def is_postgres(dsn: str) -> bool:
 def plain_dsn(dsn: str) -> str:
     """The DSN as `postgresql://…`: no driver, nothing that libpq refuses, everything percent-encoded again.
 
-    Several hosts (`h1:5432,h2:5432`) become repeated `host` options, the form SQLAlchemy understands.
+    Several hosts (`h1:5432,h2:5432`) become repeated `host` options, the form SQLAlchemy understands, and
+    only one that accepts writes will do: after a failover that isn't the first one any more.
 
     Raises:
         DsnError: it isn't a PostgreSQL DSN.
@@ -51,6 +52,9 @@ def plain_dsn(dsn: str) -> str:
     if "," in hosts:
         options = [("host", host if ":" in host else f"{host}:5432") for host in hosts.split(",")] + options
         hosts = ""
+    names = [value for key, value in options if key == "host"]
+    if (len(names) > 1 or "," in "".join(names)) and "target_session_attrs" not in dict(options):
+        options.append(("target_session_attrs", "read-write"))
     _check_port(hosts)
     query = "&".join(f"{quote(key, safe='')}={quote(value, safe='')}" for key, value in options)
     database = quote(unquote(match["database"] or ""), safe="")

@@ -35,10 +35,13 @@ ENCODED = "p%40%3A%2F%3B%25%2B%20%3F%23x"
             {"host": "h", "dbname": "d", "options": "-c statement_timeout=5s"},
         ),
         (
-            "postgresql://h1:5432,h2:5433/d?target_session_attrs=read-write",
-            {"host": "h1,h2", "port": "5432,5433", "dbname": "d", "target_session_attrs": "read-write"},
+            "postgresql://h1:5432,h2:5433/d?target_session_attrs=any",
+            {"host": "h1,h2", "port": "5432,5433", "dbname": "d", "target_session_attrs": "any"},
         ),
-        ("postgresql://h1,h2/d", {"host": "h1,h2", "port": "5432,5432", "dbname": "d"}),
+        (
+            "postgresql://h1,h2/d",
+            {"host": "h1,h2", "port": "5432,5432", "dbname": "d", "target_session_attrs": "read-write"},
+        ),
         ("postgresql://[::1]:5433/d", {"host": "::1", "port": 5433, "dbname": "d"}),
         ("postgresql:///d?host=%2Frun%2Fpostgresql", {"host": "/run/postgresql", "dbname": "d"}),
         ("postgresql://h/d%20b", {"host": "h", "dbname": "d b"}),
