@@ -20,6 +20,7 @@ from app.core.config import EX_CONFIG, ConfigurationError, get_settings
 from app.core.topology import Topology, TopologyError
 from app.db import engine  # noqa: F401 - `postgresql://` means psycopg2 from here on
 from app.dlq import worker as dead_letter_worker
+from app.dlq.answer import answer_of
 from app.dlq.capture import DeadLetters
 from app.observability import worker_monitoring
 from app.observability.context import CORRELATION_HEADER, Context, current_context, set_context
@@ -143,7 +144,7 @@ def _tenant_argument(task: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
 celery_app = Celery("skeldir", amqp=_Amqp, task_cls=PolicyTask)
 # Evaluated when first needed, so that importing this module asks nothing of the environment.
 celery_app.config_from_object(Proxy(_configuration))
-dead_letters = DeadLetters(lambda task: task in celery_app.tasks, _tenant_argument)
+dead_letters = DeadLetters(lambda task: task in celery_app.tasks, _tenant_argument, answer_of(celery_app))
 broker.register(on_dead=dead_letters)
 results.register(celery_app)
 

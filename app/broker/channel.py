@@ -300,6 +300,7 @@ class Channel(virtual.Channel):
         places = Places()
         places.add(consumer.queue_id)
         self._transport.ensure_joined()
+        self._transport.flush()  # who has just given a message back may get it again
         before = len(self._ready)
         self._fetch([consumer], places, 1, sleep=False)
         return self._ready.pop()[1] if len(self._ready) > before else None
@@ -492,7 +493,10 @@ class Channel(virtual.Channel):
             properties.setdefault("delivery_info", {}).update(
                 queue=queue, redelivered=number > 1, delivery_count=returned
             )
-            headers["x-delivery-count"] = returned  # as RabbitMQ counts: deliveries that failed
+            # As RabbitMQ counts and says it: deliveries that failed, of a message that had one.
+            headers.pop("x-delivery-count", None)
+            if returned:
+                headers["x-delivery-count"] = returned
             eta = _time(headers.get("eta"))
             if eta is not None and eta <= datetime.now(UTC) + timedelta(minutes=1):
                 headers["eta"] = (

@@ -3,7 +3,7 @@
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -58,9 +58,15 @@ class Session:
     """One connection, used by one thread, opened when it is first needed and again when it was lost.
 
     Every statement is its own transaction (autocommit) unless `transaction` is used.
+
+    Args:
+        args: of libpq.
+        role: for the connection's application_name.
+        on_notify: called when a notification came with the answer to a statement.
     """
 
-    def __init__(self, args: dict[str, Any], role: str) -> None:
+    def __init__(self, args: dict[str, Any], role: str, on_notify: Callable[[], None] | None = None) -> None:
+        self._on_notify = on_notify
         self._args = args | {"application_name": f"broker {role} {os.getpid()}"}
         self._connection: psycopg2.extensions.connection | None = None
         self._fd = -1
@@ -106,9 +112,12 @@ class Session:
         try:
             with connection.cursor() as cursor:
                 cursor.execute(statement, arguments)
-                return cursor.fetchall() if cursor.description else []
+                rows = cursor.fetchall() if cursor.description else []
         except psycopg2.Error as error:
             raise self._checked(connection, error) from error
+        if connection.notifies and self._on_notify is not None:
+            self._on_notify()  # came with the answer: who waits for the socket to be readable would miss it
+        return rows
 
     @contextmanager
     def transaction(self) -> Iterator[psycopg2.extensions.cursor]:

@@ -71,7 +71,7 @@ class Transport(virtual.Transport):
         super().__init__(client, **kwargs)
         self._options: Mapping[str, Any] = {**self.defaults, **(client.transport_options or {})}
         self._args = connect_args(client.hostname)
-        self.session = Session(self._args, "transport")
+        self.session = Session(self._args, "transport", self.wake)
         self._pid = os.getpid()
         self._holder: Holder | None = None
         self._joined = (0, 0)

@@ -15,6 +15,7 @@ from typing import Any
 
 from app.broker import DeadMessage
 from app.dlq import store
+from app.dlq.answer import Answer
 from app.dlq.classify import Failure
 from app.dlq.message import Message, read, tenant_of
 
@@ -32,15 +33,18 @@ class DeadLetters:
     Args:
         knows: whether workers know a task's name.
         bind: finds `tenant_id` among arguments passed by position (`app.dlq.message.tenant_of`).
+        answer: tells who waits for the result of a job that killed its workers (`app.dlq.answer`).
     """
 
     def __init__(
         self,
         knows: Callable[[str], bool],
         bind: Callable[[str, list[Any], dict[str, Any]], Any] | None = None,
+        answer: Answer | None = None,
     ) -> None:
         self._knows = knows
         self._bind = bind
+        self._answer = answer
         self.written = 0
         self.errors_by_queue: Counter[str] = Counter()
         self.failing_since: float | None = None
@@ -81,6 +85,8 @@ class DeadLetters:
             tenant=tenant_of(message, self._bind),
             host=socket.gethostname(),
         )
+        if self._answer and failure.failure_class == "poison":
+            self._answer(cursor, message, failure)
         self.written += 1
         logger.warning(
             "Message %(message)s of queue %(queue)s became dead letter %(row)s (%(class)s)",

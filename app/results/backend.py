@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -12,11 +12,11 @@ from celery import states
 from celery._state import get_current_task
 from celery.backends.database import DatabaseBackend
 from celery.exceptions import BackendStoreError, ImproperlyConfigured, TimeoutError
-from celery.result import result_from_tuple
+from celery.result import ResultSet, result_from_tuple
 from psycopg2.extensions import connection as Connection  # noqa: N812 - a class, though psycopg2 writes it small
 from sqlalchemy.engine import make_url
 
-from app.results.store import Row, Store, is_worker_main, passes
+from app.results.store import InTransaction, Row, Store, is_worker_main, passes
 
 FIRST_POLL = 0.005
 """Seconds until a waiting client looks again; the pauses then grow up to the interval it asked for."""
@@ -46,7 +46,7 @@ _CONNECTION = {
 class PostgresBackend(DatabaseBackend):
     """What `DatabaseBackend` stores and returns, over one connection a process; never creates tables.
 
-    It differs where it must. A state is one upsert, in which a row with SUCCESS stays as it is. A final state
+    It differs where it must. A state is one upsert, in which a row with SUCCESS stays as it is, and RETRY replaces no final state. A final state
     is stored durably before the job can be acknowledged, and a running task waits for that as long as it
     takes. A state nobody waits for is written behind. Who waits for a result polls quickly at first, and
     a group is read in one statement. A `result_expires` of None or 0 keeps results for ever, as Celery's
@@ -93,7 +93,7 @@ class PostgresBackend(DatabaseBackend):
             table(self.taskset_cls.__table__),
             sequence(self.taskset_cls.id.default),
         )
-        self._store = Store(self._connect, self._upsert)
+        self._store: Store | InTransaction = Store(self._connect, self._upsert)
 
     def _create_tables(self) -> None:
         """Migrations do that."""
@@ -141,6 +141,15 @@ class PostgresBackend(DatabaseBackend):
         )
         return result
 
+    def in_transaction(self, cursor: Any) -> "PostgresBackend":
+        """The same backend writing and reading in the transaction of a psycopg2 cursor of the caller's.
+
+        What fails there raises at once, and the transaction is the caller's to end.
+        """
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _store=InTransaction(cursor, self._upsert), always_retry=False)
+        return twin
+
     def _row(self, task_id: str, result: Any, state: str, traceback: str | None, request: Any) -> Row:
         meta = self._get_result_meta(
             result=self._encoded(result),
@@ -179,6 +188,9 @@ class PostgresBackend(DatabaseBackend):
             f" VALUES {', '.join([values] * rows)}"
             f" ON CONFLICT (task_id) DO UPDATE SET {changes}"
             f" WHERE stored.status IS DISTINCT FROM '{states.SUCCESS}'"
+            # A job is published again before its RETRY is stored: the next run may have ended by then.
+            f" AND NOT (excluded.status = '{states.RETRY}'"
+            f" AND stored.status IN ('{states.FAILURE}', '{states.REVOKED}'))"
         )
 
     def _forget(self, task_id: str) -> None:
@@ -274,6 +286,18 @@ class PostgresBackend(DatabaseBackend):
                 on_interval()
         raise TimeoutError("The operation timed out.")
 
+    def iter_native(self, result: ResultSet, **options: Any) -> Iterator[tuple[str, Any]]:
+        """Yield the id and the metadata of each result of a set as it becomes ready."""
+        self._ensure_not_eager()
+        before: dict[str, set[str]] = {}
+        for node in result.results:
+            if isinstance(node, ResultSet):
+                yield node.id, node.results
+            else:
+                before[node.id] = _ids_before(node) | _ids_before(result)
+        if before:
+            yield from self.get_many(before, before=before, **options)
+
     def get_many(  # noqa: PLR0917 - Celery's interface
         self,
         task_ids: Iterable[str],
@@ -282,16 +306,27 @@ class PostgresBackend(DatabaseBackend):
         no_ack: bool = True,
         on_message: Callable[[dict[str, Any]], Any] | None = None,
         on_interval: Callable[[], Any] | None = None,
+        before: Mapping[str, set[str]] | None = None,
         **_: Any,
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the id and the metadata of each task as it becomes ready; every look is one statement."""
-        waiting = set(task_ids)
+        """Yield the id and the metadata of each task as it becomes ready; every look is one statement.
+
+        `before` has the ids of what must succeed before a task is run at all: when one of these fails, its
+        failure stands for the task's, which will never be there.
+        """
+        waiting, before = set(task_ids), before or {}
         for _look in _looks(timeout, 0.5 if interval is None else interval):
-            ready = self._ensure_retryable(
+            wanted = waiting.union(*(before.get(task_id, ()) for task_id in waiting))
+            found = self._ensure_retryable(
                 self._select,
                 "task_id = ANY(%s) AND status = ANY(%s)",
-                [list(waiting), list(states.READY_STATES)],
+                [list(wanted), list(states.READY_STATES)],
             )
+            ready = {task_id: found[task_id] for task_id in waiting if task_id in found}
+            failed = {id_ for id_, meta in found.items() if meta["status"] in states.PROPAGATE_STATES}
+            for task_id in waiting - ready.keys():
+                if failures := failed & before.get(task_id, set()):
+                    ready[task_id] = found[min(failures)]
             for task_id, meta in ready.items():
                 waiting.discard(task_id)
                 if meta["status"] == states.SUCCESS:
@@ -304,6 +339,14 @@ class PostgresBackend(DatabaseBackend):
             if on_interval:
                 on_interval()
         raise TimeoutError(f"Operation timed out ({timeout})")
+
+
+def _ids_before(node: Any) -> set[str]:
+    """The ids of the tasks that ran before a result's own."""
+    ids: set[str] = set()
+    while (node := getattr(node, "parent", None)) is not None:
+        ids |= {result.id for result in getattr(node, "results", None) or [node]}
+    return ids
 
 
 def _looks(timeout: float | None, interval: float) -> Iterator[None]:

@@ -205,6 +205,30 @@ class Store:
             raise
 
 
+class InTransaction:
+    """What `Store` does, on a cursor whose transaction is somebody else's.
+
+    Args:
+        cursor: of psycopg2.
+        upsert: see `Store`.
+    """
+
+    def __init__(self, cursor: Any, upsert: Callable[[int], str]) -> None:
+        self._cursor = cursor
+        self._upsert = upsert
+
+    def fetch(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement and return its rows."""
+        self._cursor.execute(statement, parameters)
+        return self._cursor.fetchall() if self._cursor.description else []
+
+    def write(self, row: Row) -> None:
+        """Store a row; it is there when the caller commits."""
+        self._cursor.execute(self._upsert(1), row.values)
+
+    write_behind = write
+
+
 def _keep_last(rows: dict[str, Row], row: Row) -> None:
     """A later state of a task replaces an earlier one, but nothing replaces SUCCESS."""
     earlier = rows.get(row.task_id)

@@ -64,5 +64,5 @@ def parent(name: str) -> None:
 @celery.task(bind=True)
 def poison(self) -> None:  # type: ignore[no-untyped-def]
     """End the process it runs in."""
-    note(f"began poison {self.request.get('x-delivery-count')}")
+    note(f"began poison {self.request.get('x-delivery-count') or 0}")
     os.kill(os.getpid(), 9)
