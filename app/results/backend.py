@@ -46,11 +46,11 @@ _CONNECTION = {
 class PostgresBackend(DatabaseBackend):
     """What `DatabaseBackend` stores and returns, over one connection a process; never creates tables.
 
-    It differs where it must. A state is one upsert, in which a row with SUCCESS stays as it is, and RETRY replaces no final state. A final state
-    is stored durably before the job can be acknowledged, and a running task waits for that as long as it
-    takes. A state nobody waits for is written behind. Who waits for a result polls quickly at first, and
-    a group is read in one statement. A `result_expires` of None or 0 keeps results for ever, as Celery's
-    documentation says.
+    It differs where it must. A state is one upsert, in which a row with SUCCESS stays as it is, and RETRY
+    replaces no final state. A final state is stored durably before the job can be acknowledged, and a running
+    task waits for that as long as it takes. A state nobody waits for is written behind. Who waits for a
+    result polls quickly at first, and a group is read in one statement; a failure before it ends the wait for
+    it. A `result_expires` of None or 0 keeps results for ever, as Celery's documentation says.
 
     Of `database_engine_options` only `connect_args` has a meaning here.
     """

@@ -1,4 +1,4 @@
-"""Tasks for test_celery_cases.py and test_flower.py: broker, results and dead letters as the plane has them."""
+"""Tasks for test_celery_cases.py: broker, results and dead letters as the plane has them."""
 
 import os
 import signal
