@@ -246,6 +246,39 @@ class Cluster:
         self.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
+@dataclass
+class Standby(Cluster):
+    """A server that starts as another one's streaming standby, with a copy of all that it has."""
+
+    primary: Cluster | None = None
+
+    def __post_init__(self) -> None:
+        assert self.primary
+        self.password = self.primary.password
+        self.directory = Path(tempfile.mkdtemp(prefix="skeldir-postgres-"))
+        if who := _unprivileged():
+            os.chown(self.directory, who["user"], who["group"])  # type: ignore[arg-type]
+        copied = subprocess.run(
+            [
+                server_binaries() / "pg_basebackup",
+                f"--pgdata={self.data}",
+                f"--dbname={self.primary.dsn()}",
+                *("--checkpoint=fast", "--wal-method=stream", "--no-sync", "--write-recovery-conf"),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd="/",
+            **_unprivileged(),  # type: ignore[call-overload]
+        )
+        if copied.returncode:
+            raise RuntimeError(f"pg_basebackup failed: {copied.stderr}")
+
+    def promote(self) -> None:
+        """Make it a primary; returns when it accepts writes."""
+        self.execute("SELECT pg_promote(true, 30)")
+
+
 @dataclass(frozen=True)
 class Database:
     """One database of a cluster."""
