@@ -59,7 +59,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _unprivileged() -> dict[str, int | list[int]]:
+def unprivileged() -> dict[str, int | list[int]]:
     """How to start a process as somebody else when this is root: PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
         return {}
@@ -89,7 +89,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="skeldir-postgres-"))
-        who = _unprivileged()
+        who = unprivileged()
         password_file = self.directory / "password"
         password_file.write_text(self.password)
         if who:
@@ -150,7 +150,7 @@ class Cluster:
                 stderr=log,
                 cwd="/",
                 start_new_session=True,  # Ctrl-C in the terminal is for the tests, which then stop the server
-                **_unprivileged(),  # type: ignore[call-overload]
+                **unprivileged(),  # type: ignore[call-overload]
             )
         deadline = time.monotonic() + seconds
         while True:
@@ -256,7 +256,7 @@ class Standby(Cluster):
         assert self.primary
         self.password = self.primary.password
         self.directory = Path(tempfile.mkdtemp(prefix="skeldir-postgres-"))
-        if who := _unprivileged():
+        if who := unprivileged():
             os.chown(self.directory, who["user"], who["group"])  # type: ignore[arg-type]
         copied = subprocess.run(
             [
@@ -269,7 +269,7 @@ class Standby(Cluster):
             text=True,
             check=False,
             cwd="/",
-            **_unprivileged(),  # type: ignore[call-overload]
+            **unprivileged(),  # type: ignore[call-overload]
         )
         if copied.returncode:
             raise RuntimeError(f"pg_basebackup failed: {copied.stderr}")

@@ -82,7 +82,7 @@ class Worker:
         return self.log.read_text(errors="replace")
 
     def ready(self) -> "Worker":
-        until(lambda: f"{self.name} ready" in self.text, 30)
+        until(lambda: f"{self.name} ready" in self.text, 60)
         return self
 
     def kill(self) -> None:
@@ -120,6 +120,11 @@ class Ledger:
     def count(self, line: str) -> int:
         return self.lines().count(line)
 
+    def when(self, line: str) -> float:
+        """When a line was noted, the last time."""
+        noted = (text.rpartition(" ") for text in self._path.read_text().splitlines())
+        return max(float(at) for what, _, at in noted if what == line)
+
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
@@ -127,12 +132,18 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 @pytest.fixture
-def worker(database: Database, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+def dsn(database: Database) -> str:
+    """Where workers and publishers connect to; a module may put something in between."""
+    return database.dsn()
+
+
+@pytest.fixture
+def worker(dsn: str, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
     """Start workers; whatever becomes of them, they are gone after the test."""
     started: list[Worker] = []
 
     def _worker(*arguments: str, **environment: str) -> Worker:
-        started.append(Worker(database.dsn(), tmp_path, len(started) + 1, *arguments, **environment))
+        started.append(Worker(dsn, tmp_path, len(started) + 1, *arguments, **environment))
         return started[-1]
 
     yield _worker
@@ -141,14 +152,14 @@ def worker(database: Database, tmp_path: Path) -> Iterator[Callable[..., Worker]
 
 
 @pytest.fixture
-def publish(database: Database, tmp_path: Path) -> Callable[..., None]:
+def publish(dsn: str, tmp_path: Path) -> Callable[..., None]:
     """Run a piece of Python in a process that has the test's Celery application as `tasks`."""
 
     def _publish(code: str) -> None:
         subprocess.run(
             [sys.executable, "-c", f"import tests.broker.app_for_tests as tasks\n{code}"],
             cwd=ROOT,
-            env=celery_environment(database.dsn(), tmp_path),
+            env=celery_environment(dsn, tmp_path),
             check=True,
             timeout=60,
         )
