@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _UNLIMITED_BATCH = 100  # messages taken at once without a prefetch limit
+_AHEAD = (
+    0.05  # seconds of work taken beyond the prefetch limit, by the pace of late: a round trip costs many jobs
+)
+_AHEAD_MOST = 200  # messages
+_STALE = 0.3  # seconds after which others may have what was taken ahead
 
 
 class TakenMessage(virtual.Message):
@@ -46,6 +52,8 @@ class Channel(virtual.Channel):
         self._suspects: deque[tuple[_Consumer, TakenMessage, Delivery]] = deque()
         self._places = Places()
         self._more_to_pop = False
+        self._taken_at = 0.0
+        self._done = 0
         self._transient: dict[str, bool] = {}
         self.prefetch_count = 0
 
@@ -279,9 +287,10 @@ class Channel(virtual.Channel):
         if consumer is None:
             return
         for taken in (self._ready, self._suspects):
-            for entry in [entry for entry in taken if entry[0] is consumer]:
-                taken.remove(entry)  # type: ignore[arg-type] # it is from there
-                self._give_back(entry[2])
+            for entry in [entry for entry in list(taken) if entry[0] is consumer]:
+                with suppress(ValueError):  # given back a moment ago
+                    taken.remove(entry)  # type: ignore[arg-type] # it is from there
+                    self._give_back(entry[2])
         if not self.consumes(consumer.queue_id):
             self._transport.stay_awake(self._places)
             self._places.remove(consumer.queue_id)
@@ -303,7 +312,12 @@ class Channel(virtual.Channel):
         self._transport.flush()  # who has just given a message back may get it again
         before = len(self._ready)
         self._fetch([consumer], places, 1, sleep=False)
-        return self._ready.pop()[1] if len(self._ready) > before else None
+        if len(self._ready) == before:
+            return None
+        _, message, delivery = self._ready.pop()
+        if delivery is not None and not no_ack:
+            self._unacked[message.delivery_tag] = delivery
+        return message
 
     def basic_qos(self, prefetch_size: int = 0, prefetch_count: int = 0, apply_global: bool = False) -> None:
         """Limit how many messages may be unacknowledged; 0 means no limit."""
@@ -314,6 +328,7 @@ class Channel(virtual.Channel):
         """Acknowledge; from any thread, and also when the channel was closed meanwhile."""
         delivery = self._unacked.pop(delivery_tag, None)
         if delivery is not None:
+            self._done += 1
             self._transport.holder().ack(delivery)
             self._transport.wake()
 
@@ -340,8 +355,7 @@ class Channel(virtual.Channel):
             raise NotImplementedError("Does not support recover(requeue=False)")
         for delivery_tag in list(self._unacked):
             self._give_back(self._unacked.pop(delivery_tag, None))
-        self._ready.clear()
-        self._suspects.clear()
+        self._give_back_undelivered()
 
     def close(self) -> None:
         """End all consumers and give back what is unacknowledged."""
@@ -359,14 +373,10 @@ class Channel(virtual.Channel):
         """End, but hold on to what runs: the connection broke, and acknowledgements may still come."""
         self.closed = True
         self._consumed.clear()
-        for taken in (self._ready, self._suspects):
-            while taken:
-                self._give_back(taken.popleft()[2])
+        self._give_back_undelivered()
 
     def fetch(self, urgent: bool) -> bool:
         """Take what the window allows; whether there may be more."""
-        if self._ready:
-            return True
         no_ack = [consumer for consumer in self._consumed.values() if consumer.no_ack]
         acking = [consumer for consumer in self._consumed.values() if not consumer.no_ack]
         more = False
@@ -376,11 +386,26 @@ class Channel(virtual.Channel):
             return more
         if not self.hungry(urgent):
             return True
-        return self._fetch(acking, self._places, self._free, sleep=True) or more
+        want = self._free if no_ack else self._free + self._ahead()
+        return self._fetch(acking, self._places, want, sleep=True) or more
 
     def hungry(self, urgent: bool) -> bool:
         """Whether to take now: half of the window is free, or one place and it is urgent."""
         return not self._ready and self._free >= (1 if urgent else max(1, self.prefetch_count // 2))
+
+    def _ahead(self) -> int:
+        """How many messages beyond the limit will be done in a moment, if things go on as they do."""
+        now = time.monotonic()
+        seconds, self._taken_at = now - self._taken_at, now
+        done, self._done = self._done, 0
+        return min(int(done / seconds * _AHEAD), _AHEAD_MOST) if self.prefetch_count else 0
+
+    def share(self) -> None:
+        """Give back what was taken ahead and is not being done so soon after all; from any thread."""
+        if time.monotonic() - self._taken_at > _STALE:
+            with suppress(IndexError):
+                while self.prefetch_count and len(self._unacked) + len(self._ready) > self.prefetch_count:
+                    self._give_back(self._ready.pop()[2])
 
     @property
     def could_take(self) -> bool:
@@ -394,16 +419,21 @@ class Channel(virtual.Channel):
     @property
     def _free(self) -> int:
         if self.prefetch_count:
-            return self.prefetch_count - len(self._unacked)
+            return self.prefetch_count - len(self._unacked) - len(self._suspects)
         return _UNLIMITED_BATCH - len(self._ready)
 
     def deliver(self) -> bool:
         """Hand the next taken message to its consumer; whether there was one."""
-        while self._ready:
-            consumer, message, delivery = self._ready.popleft()
-            if delivery is not None and delivery.holder_id != self._transport.holder().id:
-                self._unacked.pop(message.delivery_tag, None)
-                continue  # taken under an identity that was given up for dead
+        while self.waiting:
+            try:
+                consumer, message, delivery = self._ready.popleft()
+            except IndexError:
+                return False  # given back a moment ago
+            if delivery is not None:
+                if delivery.holder_id != self._transport.holder().id:
+                    continue  # taken under an identity that was given up for dead
+                if not consumer.no_ack:
+                    self._unacked[message.delivery_tag] = delivery
             consumer.callback(message)
             return True
         return False
@@ -424,12 +454,17 @@ class Channel(virtual.Channel):
 
     @property
     def waiting(self) -> bool:
-        """Whether a taken message waits for its consumer."""
-        return bool(self._ready)
+        """Whether a taken message waits for its consumer, and may go there."""
+        return bool(self._ready) and (not self.prefetch_count or len(self._unacked) < self.prefetch_count)
 
     def _declared(self, queue: str) -> int:
         rows = self._transport.declare("SELECT id FROM kombu_queue WHERE name = %s", (queue,))
         return int(rows[0][0]) if rows else self._declare(queue)
+
+    def _give_back_undelivered(self) -> None:
+        for taken in (self._ready, self._suspects):
+            while taken:
+                self._give_back(taken.popleft()[2])
 
     def _give_back(self, delivery: Delivery | None) -> None:
         if delivery is not None:
@@ -475,7 +510,6 @@ class Channel(virtual.Channel):
             holder.bury(delivery, "invalid")
             return
         if not consumer.no_ack:
-            self._unacked[message.delivery_tag] = delivery
             holder.held.add(delivery)
             holder.watch(delivery, message)
             if row[4] >= self._transport.trial(consumer.queue) and self.consumes(row[1]):

@@ -91,6 +91,9 @@ class Transport(Protocol):
     def wake(self) -> None:
         """Look for messages; from any thread."""
 
+    def share(self) -> None:
+        """Give back what was taken ahead and is not being done so soon after all; from any thread."""
+
     def let_go(self) -> None:
         """End the session that shares the identity; from the transport's own thread."""
 
@@ -383,6 +386,8 @@ class Holder:
         if self.settled_at and now >= self.settled_at:
             self.settled_at = 0.0
             self._wake()
+        for transport in list(self.transports):
+            transport.share()
         self._return_orphans()
         gone, next_due = self._session.run(
             "SELECT gone, next_due FROM kombu_tick(%s, %s)", (self.id, _LEASE if self.pooled else None)

@@ -25,6 +25,7 @@ _POLL = 5.0  # seconds between two looks without being told; NOTIFY is what wake
 _POLL_POOLED = 1.0  # the same behind a pooler that takes NOTIFY away
 _GATHER = 0.01  # seconds that a free place waits for others
 _TIMER = 0.5  # seconds between two looks at the clock in an event loop
+_BURST = 10  # messages delivered before the event loop's other business has its turn
 
 _TAKE = (
     "SELECT * FROM kombu_take(%s, %s::bigint[], %s::integer[], %s::integer[], %s::smallint[], %s::smallint[],"
@@ -276,6 +277,11 @@ class Transport(virtual.Transport):
             with suppress(psycopg2.Error):
                 self._holder.flush(self.session)
 
+    def share(self) -> None:
+        """Give back what was taken ahead and is not being done so soon after all; from any thread."""
+        for channel in list(self.channels):
+            channel.share()
+
     def hurry(self) -> None:
         """Take next time even if it is only one message."""
         self._urgent = True
@@ -404,10 +410,14 @@ class Transport(virtual.Transport):
         if self._abandoned:
             raise ConnectionLost("the connection was closed")
         self._look()
-        self._deliver_one()
-        if self._busy:
-            self.wake()
-        elif self._should_nudge and not self._nudged:
+        try:
+            for _ in range(_BURST):
+                if not self._deliver_one():
+                    break
+        finally:
+            if busy := self._busy:
+                self.wake()
+        if not busy and self._should_nudge and not self._nudged:
             self._nudged = True
             self._loop.call_later(_GATHER, self._nudge)
 

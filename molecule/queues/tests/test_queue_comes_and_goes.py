@@ -52,7 +52,7 @@ def summarise() -> str:
     return "summarised"
 '''
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
