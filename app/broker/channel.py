@@ -391,6 +391,8 @@ class Channel(virtual.Channel):
 
     def hungry(self, urgent: bool) -> bool:
         """Whether to take now: half of the window is free, or one place and it is urgent."""
+        if not self._places:
+            return self._more_to_pop
         return not self._ready and self._free >= (1 if urgent else max(1, self.prefetch_count // 2))
 
     def _ahead(self) -> int:
@@ -410,7 +412,7 @@ class Channel(virtual.Channel):
     @property
     def could_take(self) -> bool:
         """Whether there is a free place."""
-        return not self._ready and self._free > 0 and bool(self._consumed)
+        return bool(self._places) and not self._ready and self._free > 0
 
     def came_back(self) -> None:
         """Something stands in a queue before the place where taking stopped."""

@@ -36,6 +36,10 @@ class Places:
         self._front_at = 0.0
         self._from_front = True
 
+    def __bool__(self) -> bool:
+        """Whether there is a queue to take from."""
+        return bool(self._marks)
+
     @property
     def queue_ids(self) -> list[int]:
         """The queues."""

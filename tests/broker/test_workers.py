@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from psycopg2.extensions import cursor
@@ -128,6 +129,28 @@ def test_a_crash_of_the_server_costs_a_delay_and_nothing_is_done_twice(
     until(lambda: database.rows("SELECT count(*) FROM kombu_message") == [(0,)])
     assert one.process.poll() is None
     assert other.process.poll() is None
+
+
+@pytest.mark.parametrize("pool", POOLS[1:], ids=lambda pool: pool[1])
+def test_a_worker_whose_window_is_full_sleeps(
+    worker: Callable[..., Worker],
+    publish: Callable[[str], None],
+    ledger: Ledger,
+    sql: cursor,
+    pool: tuple[str, ...],
+) -> None:
+    one = worker(*pool).ready()
+    publish("for i in range(20): tasks.job.delay(f'j{i}', 4.0)")
+    until(lambda: len(ledger.lines()) == 2)
+
+    def cpu_seconds() -> float:
+        fields = Path(f"/proc/{one.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    before = cpu_seconds()
+    time.sleep(2)
+    assert cpu_seconds() - before < 0.5
+    sql.execute("DELETE FROM kombu_message WHERE visible")
 
 
 def test_terminated_backends_cost_nothing(
