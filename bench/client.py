@@ -1,11 +1,13 @@
 """What publishes, or consumes without Celery, in a process of its own: `python -m bench.client COMMAND N`."""
 
 import json
+import os
 import random
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 from kombu import Consumer, Exchange, Queue
 
@@ -50,14 +52,22 @@ def holding(first: int, count: int, queue: str) -> object:
     return None
 
 
-def consume(prefetch: int) -> object:
-    """Take and acknowledge on a raw channel, until somebody ends this process."""
+def consume(prefetch: int, start: str) -> object:
+    """Take and acknowledge on a raw channel, until somebody ends this process.
+
+    It connects, says so by a file beside `start`, and begins when there is a file `start`: what is measured
+    is taking, not the start of Python.
+    """
 
     def take(message: object) -> None:
         message.ack()
         record(0)
 
     with celery_app.connection_for_read() as connection:
+        connection.default_channel  # noqa: B018 - connects
+        Path(f"{start}.{os.getpid()}").touch()
+        while not Path(start).exists():
+            time.sleep(0.005)
         queue = Queue("bench", Exchange("bench"), routing_key="bench")
         with Consumer(connection, [queue], on_message=take, prefetch_count=prefetch):
             while True:

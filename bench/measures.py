@@ -91,10 +91,17 @@ class Run:
 
     @contextmanager
     def consumers(self, count: int) -> Iterator[None]:
-        """Processes that consume on raw channels, until the block ends."""
-        command = [sys.executable, "-m", "bench.client", "consume", "10"]
+        """Processes that consume on raw channels, all from the same moment, until the block ends."""
+        start = self.log.with_name("start")
+        command = [sys.executable, "-m", "bench.client", "consume", "10", json.dumps(str(start))]
         processes = [self._start(command) for _ in range(count)]
         try:
+            deadline = time.monotonic() + 60
+            while len(list(start.parent.glob(f"{start.name}.*"))) < count:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{self.contender.name}: not all {count} consumers connected in 60 s")
+                time.sleep(0.05)
+            start.touch()
             yield
         finally:
             for process in processes:
@@ -150,7 +157,7 @@ def run(contender: Contender, prefetch: int = 4) -> Iterator[Run]:
         yield Run(contender, Path(directory) / "log", prefetch)
 
 
-def _rate(found: list[tuple[float, int]]) -> float:
+def rate(found: list[tuple[float, int]]) -> float:
     """Jobs a second, without the first twentieth, in which a worker warms up."""
     moments = sorted(moment for moment, _ in found)
     warm = moments[len(moments) // 20 :]
@@ -173,7 +180,7 @@ def drain(
     with run(contender, prefetch) as r:
         r.client("publish_many", count, with_results)
         with r.worker(*pool):
-            return _rate(r.started(count, seconds=30 + count / 20))
+            return rate(r.started(count, seconds=30 + count / 20))
 
 
 def pickup(contender: Contender, count: int) -> tuple[float, float]:
@@ -193,7 +200,7 @@ def consumers(contender: Contender, count: int, processes: int) -> float:
     with run(contender) as r:
         r.client("publish_many", count)
         with r.consumers(processes):
-            return _rate(r.started(count, seconds=30 + count / 20))
+            return rate(r.started(count, seconds=30 + count / 20))
 
 
 def recovery(contender: Contender, number: int) -> float:
