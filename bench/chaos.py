@@ -165,7 +165,7 @@ class Chaos:
             self.trouble()
             self.mend()
         published = [publisher.wait(120) for publisher in publishers]
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 180 + jobs / 100
         while self._left() and time.monotonic() < deadline:
             self.mend()
             time.sleep(0.5)
