@@ -28,16 +28,22 @@ import psycopg2
 ROOT = Path(__file__).resolve().parent.parent
 POOLS = [("-P", "prefork", "-c", "2"), ("-P", "solo"), ("-P", "threads", "-c", "2")]
 PUBLISH = """
-import sys, tests.broker.app_for_tests as tasks
-first, last = int(sys.argv[1]), int(sys.argv[2])
-for i in range(first, last):
+import sys, time
+from kombu.exceptions import OperationalError
+import tests.broker.app_for_tests as tasks
+def publish(i):
     kind = i % 5
     if kind == 0: tasks.job.apply_async([f'j{i}'], countdown=1 + i % 7)
     elif kind == 1: tasks.retrying.delay(f'j{i}')
     elif kind == 2: tasks.parent.delay(f'j{i}')
     elif kind == 3: (tasks.job.si(f'j{i}', 0.02) | tasks.job.si(f'k{i}')).delay()
     else: tasks.job.delay(f'j{i}', 0.05)
-if first == 0: tasks.poison.delay()
+def insist(function, *arguments):
+    while True:
+        try: return function(*arguments)
+        except OperationalError: time.sleep(0.2)  # Postgres was just crashed: whether it has it isn't known
+for i in range(int(sys.argv[1]), int(sys.argv[2])): insist(publish, i)
+if sys.argv[1] == '0': insist(tasks.poison.delay)
 """
 
 
