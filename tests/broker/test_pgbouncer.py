@@ -99,7 +99,7 @@ def test_in_transaction_mode_workers_say_what_is_missing_and_poll(
     for one in (first, second):
         assert one.text.count(WARNING) == 1
     publish(
-        "tasks.job.delay('long', 26.0)\n"
+        "tasks.job.delay('long', 32.0)\n"
         "for i in range(3): tasks.job.delay(f'j{i}', 10.0)\n"
         "tasks.job.apply_async(['later'], countdown=1)\ntasks.retrying.delay('retried')"
     )
@@ -112,6 +112,7 @@ def test_in_transaction_mode_workers_say_what_is_missing_and_poll(
     row = sql.fetchone()
     assert row
     victim = second if row[0].endswith(f":{first.process.pid}") else first
+    worker("-P", "solo", PREFETCH="1").ready()  # another one who looks for the dead, and must find only one
     victim.kill()
     began = time.monotonic()
     until(lambda: all(ledger.count(f"ended j{i}") for i in range(3)), 60)
