@@ -79,6 +79,29 @@ def test_a_full_window_takes_nothing(connect: Connect, sql: cursor) -> None:
     assert taker.drain() == [0, 1, 2, 3, 4]
 
 
+def test_a_quick_taker_takes_ahead_and_a_slow_one_shares(connect: Connect, sql: cursor) -> None:
+    def held() -> int:
+        sql.execute("SELECT count(*) FROM kombu_message WHERE holder IS NOT NULL")
+        row = sql.fetchone()
+        assert row
+        return int(row[0])
+
+    with app.broker.batch():
+        send(connect(), *range(2000))
+    taker = Taker(connect(), prefetch=4)
+    ahead = 0
+    while len(taker.messages) < 1000:
+        taker.connection.drain_events(timeout=5)
+        taker.messages[-1].ack()
+        if len(taker.messages) % 50 == 0:
+            ahead = max(ahead, held())
+    assert ahead > 4
+    bodies = taker.drain()  # nothing is acknowledged any more
+    assert bodies == list(range(1004))
+    until(lambda: held() == 4)
+    assert Taker(connect(), prefetch=1).drain() == [1004]
+
+
 def test_an_acknowledged_message_is_deleted_and_the_rest_goes_back(connect: Connect, sql: cursor) -> None:
     send(connect(), 0, 1, 2)
     connection = connect()
