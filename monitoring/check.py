@@ -246,7 +246,7 @@ def prometheus(moments: list[Moment], sheet: str) -> Iterator[Any]:
 
             # Rules read rules: three rounds until all that is recorded is there; else it shows as empty.
             deadline = time.monotonic() + 20
-            ready = "celery_queue:late_starts:ratio_rate3d and on () ALERTS"
+            ready = 'celery_queue:late_starts:ratio_rate3d and on () ALERTS{alertstate="firing"}'
             while not ask("query", query=ready)["result"] and time.monotonic() < deadline:
                 time.sleep(0.5)
             yield ask
