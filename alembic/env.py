@@ -5,6 +5,7 @@ Whatever goes wrong with the database ends in one sentence and a non-zero status
 """
 
 import sys
+import time
 from logging.config import fileConfig
 
 from alembic import context
@@ -59,14 +60,19 @@ def become_owner(connection: Connection) -> None:
 
 
 def take_turns(connection: Connection, wait: str) -> None:
-    """Hold the lock that keeps two runs apart, until the connection closes."""
-    connection.execute(text("SELECT set_config('lock_timeout', :wait, false)"), {"wait": wait})
-    try:
-        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": ONE_RUN_AT_A_TIME})
-    except DBAPIError as error:
-        if getattr(error.orig, "pgcode", None) != LOCK_NOT_AVAILABLE:
-            raise
-        raise CommandError(f"another migration is still running after {wait}; nothing was changed") from None
+    """Hold the lock that keeps two runs apart, until the connection closes.
+
+    It is asked for again and again, each time in a transaction of its own: CREATE INDEX CONCURRENTLY waits
+    for every open transaction, and so for one that would wait here.
+    """
+    deadline = time.monotonic() + connection.scalar(
+        text("SELECT extract(epoch FROM CAST(:wait AS interval))::double precision"), {"wait": wait}
+    )
+    while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": ONE_RUN_AT_A_TIME}):
+        connection.commit()
+        if time.monotonic() >= deadline:
+            raise CommandError(f"another migration is still running after {wait}; nothing was changed")
+        time.sleep(0.2)
 
 
 def run_online() -> None:

@@ -177,7 +177,10 @@ def test_runs_from_a_release_with_any_form_of_the_dsn(postgres: Cluster, tmp_pat
     dsn = postgres.dsn("app_owner", "skeldir").replace("postgresql:", "postgresql+asyncpg:")
     done = run_alembic(f"{dsn}?channel_binding=prefer", "current", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("(head)") == len(TABLES)
+    heads = run_alembic(dsn, "heads", cwd=tmp_path).stdout
+    assert {line.split()[0] for line in heads.splitlines()} <= {
+        line.split()[0] for line in done.stdout.splitlines()
+    }
 
 
 # Rules of squawk that don't apply, each with its reason.
