@@ -2,7 +2,7 @@
 
 Each makes a trouble on a real plane that a real Prometheus scrapes, with the project's rules as they are, and
 waits until the page or ticket arrives at a real receiver of a real Alertmanager; then mends it and waits for
-the message that it is over. Runbooks' own commands need systemd: molecule/default pastes those.
+the message that it is over. Runbooks' own commands need systemd: Molecule pastes those.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The pages of alerts: which host each is for. `molecule/default` pastes every block of every page there."""
+"""The pages of alerts: which host each is for. Molecule's `default` and `queues` paste every block there."""
 
 from pathlib import Path
 from typing import Any

@@ -1,51 +1,13 @@
-"""Every block of every alert's page, pasted on the lab host that the page is for.
-
-The plane is well here, so what a page tells to do must leave it well, and what it tells to look at must
-change nothing.
-"""
+"""The alerts' pages for workers and the database, pasted on the lab hosts."""
 
 from pathlib import Path
 
 import pytest
 from testinfra.host import Host
 
-from tests.lab import invocations, lab_host, sql, unit, wait_until
-from tests.rules.runbooks import HOSTS, alert_pages, front_matter
-from tests.runbooks import Reader, Run, read_page
-
-QUEUE = "llm"
-# The lab has no monitoring host of its own.
-PLACES = {"worker": "worker1", "database": "db1", "exporter": "worker1", "monitoring": "worker1"}
-assert set(PLACES) == set(HOSTS)
+from tests.rules.pasting import pages_for, work_through
 
 
-def pasted_on(host: Host) -> Run:
-    def run(script: str) -> tuple[int, str]:
-        done = host.run("bash -c %s", f"exec 2>&1\n{script}")
-        return done.rc, done.stdout
-
-    return run
-
-
-def state(worker: Host, database: Host) -> tuple[dict[str, str], str]:
-    """What a look must not change: which processes run, and what the plane has stored."""
-    count = "SELECT (SELECT count(*) FROM {}), (SELECT count(*) FROM {}), (SELECT count(*) FROM {})"
-    tables = ("kombu_message", "celery_taskmeta", "celery_task_failures")
-    return invocations(worker), sql(database, count.format(*tables))
-
-
-@pytest.mark.parametrize("path", alert_pages(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", pages_for("worker", "database"), ids=lambda path: path.stem)
 def test_a_page_can_be_worked_through(worker: Host, database: Host, path: Path) -> None:
-    reader = Reader(read_page(path), pasted_on(lab_host(PLACES[front_matter(path)["host"]])))
-    before = state(worker, database)
-    reader.paste("Diagnosis", QUEUE=QUEUE)
-    assert state(worker, database) == before, "a look changed something"
-    reader.paste("Mitigation")
-    wait_until(lambda: all(worker.service(unit(queue)).is_running for queue in before_queues(before)), 60)
-    reader.paste("Verify recovered")
-    reader.assert_nothing_is_left()
-
-
-def before_queues(before: tuple[dict[str, str], str]) -> list[str]:
-    """Queues whose units ran; those that a page stops on purpose it starts again under Verify recovered."""
-    return [name.partition("@")[2].removesuffix(".service") for name in before[0] if f"@{QUEUE}." not in name]
+    work_through(path, worker, database)

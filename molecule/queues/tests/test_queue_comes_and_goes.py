@@ -104,7 +104,8 @@ def test_every_queue_answers(worker: Host, added: dict[str, str]) -> None:
 
 def test_prometheus_reads_its_port_and_judges_it(worker: Host, added: dict[str, str]) -> None:
     found = f'"instance":"worker1:{PORT}","job":"celery-worker"'
-    assert found in worker.check_output("curl -s 'http://127.0.0.1:9090/api/v1/targets?state=active'")
+    targets = "curl -s 'http://127.0.0.1:9090/api/v1/targets?state=active'"
+    wait_until(lambda: found in worker.check_output(targets), 30)  # it gathers changes for some seconds
     assert "queue: reports" in worker.check_output("cat /etc/prometheus/skeldir-rules.yml")
 
 
