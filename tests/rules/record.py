@@ -47,6 +47,7 @@ class Targets:
     def __init__(self, path: Path) -> None:
         self._writer = Writer(path, HEAD)
         self.ports: dict[tuple[str, str], int] = {}
+        self.disk = Path("/disk")
 
     def port(self, job: str, instance: str) -> int:
         """The port of a target of this machine, a free one the first time."""
@@ -63,7 +64,14 @@ class Targets:
             return None
         if job in ("celery-worker", "skeldir-exporter"):
             return found
-        return {key: value for key, value in found.items() if key.startswith(FOREIGN)}
+        # Of this machine's file systems only its root and the one to fill, whose place differs from run to run.
+        named = {key.replace(f'="{self.disk}"', '="/disk"'): value for key, value in found.items()}
+        places = ('mountpoint="/"', 'mountpoint="/disk"')
+        return {
+            key: value
+            for key, value in named.items()
+            if key.startswith(FOREIGN) and ("mountpoint=" not in key or any(place in key for place in places))
+        }
 
     def moment(self, name: str) -> None:
         self._writer.moment(name, time.time(), {key: self.scrape(*key) for key in self.ports})
@@ -214,6 +222,7 @@ def small_disk(folder: Path, targets: Targets) -> Iterator[Path]:
     ]
     node = subprocess.Popen([*command, "--collector.filesystem"], stderr=subprocess.DEVNULL)
     targets.add("node", "db1:9100", port)
+    targets.disk = mount
     try:
         yield mount
     finally:
