@@ -7,7 +7,6 @@ what was found in the background; how long finding takes is printed beside it.
 """
 
 import re
-import sys
 import tempfile
 import time
 from contextlib import closing
@@ -22,7 +21,7 @@ from rich.table import Table
 
 from app.core.topology import load_topology
 from tests.postgres import Database, free_port, provisioned_cluster
-from tests.workers import environment, started
+from tests.workers import environment, exporter_command, started
 
 LIMIT = 0.2
 
@@ -76,13 +75,9 @@ def measure(database: Database, rows: int) -> None:
     """Fill a database and scrape an exporter of it."""
     fill(database, rows)
     port = free_port()
-    code = (
-        "from app.core.topology import Exporter, load_topology\nfrom app.exporter.process import run\n"
-        f"run(load_topology().model_copy(update={{'exporter': Exporter(port={port})}}))"
-    )
     with (
         tempfile.TemporaryDirectory() as folder,
-        started([sys.executable, "-c", code], Path(folder) / "exporter", environment(database.dsn("app_ro"))),
+        started(exporter_command(port), Path(folder) / "exporter", environment(database.dsn("app_ro"))),
     ):
         text = found(port)
         took = []

@@ -72,6 +72,20 @@ def unprivileged() -> dict[str, int | list[int]]:
     raise RuntimeError("running as root, and there is no user `postgres` or `nobody` to run PostgreSQL as")
 
 
+def _make_data(tool: str, *arguments: str) -> None:
+    """Run a tool of the server's that makes a data directory, as who the server runs as."""
+    done = subprocess.run(
+        [server_binaries() / tool, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+        **unprivileged(),  # type: ignore[call-overload]
+    )
+    if done.returncode:
+        raise RuntimeError(f"{tool} failed: {done.stderr}")
+
+
 @dataclass
 class Cluster:
     """One server. `fsync=True` for tests of what survives a crash; it is off otherwise, which is faster.
@@ -95,25 +109,16 @@ class Cluster:
         if who:
             for path in (self.directory, password_file):
                 os.chown(path, who["user"], who["group"])  # type: ignore[arg-type]
-        initdb = subprocess.run(
-            [
-                server_binaries() / "initdb",
-                f"--pgdata={self.data}",
-                "--username=postgres",
-                "--auth=scram-sha-256",
-                f"--pwfile={password_file}",
-                "--encoding=UTF8",
-                "--locale=C",
-                *([] if self.fsync else ["--no-sync"]),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd="/",
-            **who,  # type: ignore[arg-type]
+        _make_data(
+            "initdb",
+            f"--pgdata={self.data}",
+            "--username=postgres",
+            "--auth=scram-sha-256",
+            f"--pwfile={password_file}",
+            "--encoding=UTF8",
+            "--locale=C",
+            *([] if self.fsync else ["--no-sync"]),
         )
-        if initdb.returncode:
-            raise RuntimeError(f"initdb failed: {initdb.stderr}")
 
     @property
     def data(self) -> Path:
@@ -258,21 +263,12 @@ class Standby(Cluster):
         self.directory = Path(tempfile.mkdtemp(prefix="skeldir-postgres-"))
         if who := unprivileged():
             os.chown(self.directory, who["user"], who["group"])  # type: ignore[arg-type]
-        copied = subprocess.run(
-            [
-                server_binaries() / "pg_basebackup",
-                f"--pgdata={self.data}",
-                f"--dbname={self.primary.dsn()}",
-                *("--checkpoint=fast", "--wal-method=stream", "--no-sync", "--write-recovery-conf"),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd="/",
-            **unprivileged(),  # type: ignore[call-overload]
+        _make_data(
+            "pg_basebackup",
+            f"--pgdata={self.data}",
+            f"--dbname={self.primary.dsn()}",
+            *("--checkpoint=fast", "--wal-method=stream", "--no-sync", "--write-recovery-conf"),
         )
-        if copied.returncode:
-            raise RuntimeError(f"pg_basebackup failed: {copied.stderr}")
 
     def promote(self) -> None:
         """Make it a primary; returns when it accepts writes."""

@@ -62,6 +62,15 @@ class Worker:
             raise
 
 
+def exporter_command(port: int) -> list[str]:
+    """What starts the exporter on a port that is not the sheet's."""
+    code = (
+        "from app.core.topology import Exporter, load_topology\nfrom app.exporter.process import run\n"
+        f"run(load_topology().model_copy(update={{'exporter': Exporter(port={port})}}))"
+    )
+    return [sys.executable, "-c", code]
+
+
 @contextmanager
 def started_worker(
     dsn: str, queue: str, directory: Path, *arguments: str, cwd: Path = ROOT, **variables: str

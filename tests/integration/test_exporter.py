@@ -3,7 +3,6 @@
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from app.core.topology import load_topology
 from app.exporter.collectors import Arrivals, Collected, collectors
 from bench import scrape
 from tests.postgres import ROOT, Cluster, Database, free_port
-from tests.workers import environment, publish, ready_worker, started
+from tests.workers import environment, exporter_command, publish, ready_worker, started
 
 SHEET = load_topology()
 PING = "app.tasks.housekeeping.ping"
@@ -101,12 +100,8 @@ class Exported:
 @pytest.fixture
 def exported(database: Database, tmp_path: Path) -> Iterator[Exported]:
     port = free_port()
-    code = (
-        "from app.core.topology import Exporter, load_topology\nfrom app.exporter.process import run\n"
-        f"run(load_topology().model_copy(update={{'exporter': Exporter(port={port})}}))"
-    )
     env = environment(database.dsn("app_ro"), SKELDIR_CONNECTION_BUDGET="57")
-    with started([sys.executable, "-c", code], tmp_path / "exporter", env) as worker:
+    with started(exporter_command(port), tmp_path / "exporter", env) as worker:
         found = Exported(port, worker.process)
 
         def answers() -> bool:
@@ -360,12 +355,8 @@ def test_a_scrape_of_a_full_plane_is_cheap(database: Database) -> None:
 
 
 def test_a_taken_port_is_said(database: Database, exported: Exported) -> None:
-    code = (
-        "from app.core.topology import Exporter, load_topology\nfrom app.exporter.process import run\n"
-        f"run(load_topology().model_copy(update={{'exporter': Exporter(port={exported.port})}}))"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        exporter_command(exported.port),
         env=environment(database.dsn("app_ro")),
         cwd=ROOT,
         capture_output=True,

@@ -19,7 +19,7 @@ from urllib.request import urlopen
 
 from app.core.topology import load_topology
 from tests.postgres import Cluster, Database, free_port, provisioned_cluster
-from tests.workers import Worker, environment, publish, ready_worker, started
+from tests.workers import Worker, environment, exporter_command, publish, ready_worker, started
 
 SCRAPES = Path(__file__).parent / "scrapes"
 LLM = load_topology().queues["llm"]
@@ -73,12 +73,8 @@ def worker(database: Database, folder: Path, *arguments: str, **more: str) -> It
 def exporter(database: Database, folder: Path) -> Iterator[int]:
     """An exporter's port."""
     port = free_port()
-    code = (
-        "from app.core.topology import Exporter, load_topology\nfrom app.exporter.process import run\n"
-        f"run(load_topology().model_copy(update={{'exporter': Exporter(port={port})}}))"
-    )
     env = environment(database.dsn("app_ro"), SKELDIR_CONNECTION_BUDGET="85")
-    with started([sys.executable, "-c", code], folder / "exporter", env) as process:
+    with started(exporter_command(port), folder / "exporter", env) as process:
         recorder.until(port, "celery_postgres_database_size_bytes ")
         yield port
         process.process.send_signal(signal.SIGKILL)
