@@ -214,9 +214,9 @@ class Chaos:
             worker.kill()
 
     def _given_up(self) -> set[str]:
-        """Jobs whose message is kept as dead: workers died under it as often as its delivery limit allows.
+        """Jobs whose message is kept as dead: at its delivery limit, the last death being its own.
 
-        That it was never run doesn't save it: a worker that dies can't say what it had begun.
+        Chance can do that too: whoever kills worker after worker meets some job three times.
         """
         session = psycopg2.connect(self.dsn)
         with session, session.cursor() as cursor:

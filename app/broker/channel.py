@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _UNLIMITED_BATCH = 100  # messages taken at once without a prefetch limit
-_AHEAD = (
-    0.05  # seconds of work taken beyond the prefetch limit, by the pace of late: a round trip costs many jobs
-)
+_AHEAD = 0.05  # seconds of work taken beyond the prefetch limit, by the pace of late
 _AHEAD_MOST = 200  # messages
 _STALE = 0.3  # seconds after which others may have what was taken ahead
 

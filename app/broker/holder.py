@@ -120,7 +120,7 @@ class Holder:
         self._joined = 0
         self._event = threading.Event()
         self._stopping = False
-        self._suspected = False
+        self._doubted = False
         self._trouble_until = 0.0
         self._next_tick = 0.0
         self._retry_dead_at = 0.0
@@ -152,14 +152,14 @@ class Holder:
             raise ConnectionLost("this worker was given up for dead while its connections were broken")
         return holder_id
 
-    def suspect(self) -> None:
+    def doubt(self) -> None:
         """A session of this identity was lost: nothing is taken until the keeper has looked after its own.
 
         When the server crashed, it may have forgotten what was taken last. A transport that is back before
         the keeper has repeated what is held would take, and run, that again.
         """
         self.online = False
-        self._suspected = True
+        self._doubted = True
         self._event.set()
 
     def ack(self, delivery: Delivery) -> None:
@@ -295,8 +295,8 @@ class Holder:
 
     def _connect(self) -> None:
         if self._session.connected and self._joined == self._session.generation:
-            if self._suspected:
-                self._suspected = False
+            if self._doubted:
+                self._doubted = False
                 self._session.run("SELECT 1")
                 self.online = True
                 self._wake()

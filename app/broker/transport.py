@@ -166,7 +166,7 @@ class Transport(virtual.Transport):
         if self._joined[0]:  # not the first connection
             if self._asked != self.session.generation:
                 self._asked = self.session.generation
-                holder.suspect()
+                holder.doubt()
             if not holder.online:
                 raise ConnectionLost("the server may have forgotten what was taken last")
         holder_id = holder.join(self.session)

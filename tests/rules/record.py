@@ -64,7 +64,7 @@ class Targets:
             return None
         if job in ("celery-worker", "skeldir-exporter"):
             return found
-        # Of this machine's file systems only its root and the one to fill, whose place differs from run to run.
+        # Of this machine's file systems only its root and the one to fill, whose place is of one run.
         named = {key.replace(f'="{self.disk}"', '="/disk"'): value for key, value in found.items()}
         places = ('mountpoint="/"', 'mountpoint="/disk"')
         return {
