@@ -18,7 +18,10 @@ from rich.table import Table
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from app.celery_app import topology
+from app.beat.listing import listing
+from app.beat.process import run as run_beat
+from app.beat.schedule import Entry, load_schedule, misfits
+from app.celery_app import celery_app, topology
 from app.core.config import EX_CONFIG, ConfigurationError
 from app.core.topology import Topology, TopologyError, load_topology
 from app.db.session import get_engine
@@ -64,6 +67,13 @@ def _sheet(overrides: str | None) -> Topology:
         raise ConfigurationError(str(error)) from error
 
 
+def _schedule(sheet: Topology) -> dict[str, Entry]:
+    try:
+        return load_schedule(sheet)
+    except TopologyError as error:
+        raise ConfigurationError(str(error)) from error
+
+
 def _parsed(overrides: str | None) -> Any:
     try:
         parsed = json.loads(overrides) if overrides else {}
@@ -76,13 +86,18 @@ def _parsed(overrides: str | None) -> Any:
 
 @topology_cli.command()
 def check(overrides: Overrides = None) -> None:
-    """Check the sheet, and that the code has exactly its tasks."""
+    """Check the sheet and the schedule, and that the code has exactly their tasks."""
     sheet = _sheet(overrides)
+    schedule = _schedule(sheet)
     discover(sheet)
     # Shared tasks belong to every application; this one asks for no database.
-    if problems := disagreements(Celery(set_as_current=False).tasks, sheet):
+    tasks = Celery(set_as_current=False).tasks
+    if problems := disagreements(tasks, sheet) + misfits(tasks, schedule):
         raise ConfigurationError("\n".join(problems))
-    print(f"The sheet is right: {len(sheet.queues)} queues, {len(sheet.queue_by_task)} tasks.")
+    print(
+        f"The sheet is right: {len(sheet.queues)} queues, {len(sheet.queue_by_task)} tasks,"
+        f" {len(schedule)} of them by themselves."
+    )
 
 
 @topology_cli.command()
@@ -120,6 +135,34 @@ def worker(queue: Annotated[str, typer.Argument(help="The queue of the sheet to 
 def exporter() -> None:
     """Tell Prometheus about queues, dead letters and the database; one process a plane, as app_ro."""
     run_exporter(topology())
+
+
+@cli.command()
+def beat() -> None:
+    """Enqueue what app/schedule.yml says, when it says so; any number may run, and one is active."""
+    schedule = _schedule(topology())
+    discover(topology())
+    if problems := misfits(celery_app.tasks, schedule):
+        raise ConfigurationError("\n".join(problems))
+    run_beat(topology(), schedule)
+
+
+@cli.command()
+def schedule(as_json: AsJson = False) -> None:
+    """Show what is enqueued by itself: each entry's last run and its next one."""
+    rows = listing(_schedule(topology()))
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("entry", "task", "when (UTC)", "last run was due", "enqueued", "next run")
+    for row in rows:
+        times = (row["last_due"], row["enqueued_at"], row["next_due"])
+        table.add_row(row["entry"], row["task"], row["when"], *(_minute(time) for time in times))
+    _print(table)
+
+
+def _minute(moment: str | None) -> str:
+    return moment[:19].replace("T", " ") if moment else "-"
 
 
 @cli.command()

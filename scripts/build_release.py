@@ -74,7 +74,9 @@ def queue_fingerprints(topology: Topology, files: list[Path]) -> dict[str, str]:
             if path == module.with_suffix(".py") or module in path.parents
         }
 
-    shared = [path for path in files if path.parts[0] == "app" and path != Path("app/topology.yml")]
+    # What the scheduler alone reads restarts no worker.
+    apart = {Path("app/topology.yml"), Path("app/schedule.yml")}
+    shared = [path for path in files if path.parts[0] == "app" and path not in apart]
     shared.append(Path("requirements/app.txt"))
 
     def parts(queue: str) -> Iterator[tuple[str, bytes]]:

@@ -29,7 +29,7 @@ _VANISHED = {
     "keepalives_count": "3",
     "tcp_user_timeout": "6000",
 }
-_VANISHED_AT_SERVER = (
+VANISHED_AT_SERVER = (
     "SET tcp_keepalives_idle = 3; SET tcp_keepalives_interval = 1; SET tcp_keepalives_count = 3;"
     "SET tcp_user_timeout = 6000"
 )
@@ -96,7 +96,7 @@ class Session:
                 self.generation += 1
             connection.autocommit = True
             with connection.cursor() as cursor:
-                cursor.execute(_VANISHED_AT_SERVER)
+                cursor.execute(VANISHED_AT_SERVER)
         except psycopg2.OperationalError as error:
             self.close()
             raise ConnectionLost(str(error).strip()) from error

@@ -307,7 +307,7 @@ class Holder:
         )[0][0]
         now = time.monotonic()
         if first:
-            self.pooled = _takes_locks_away(self._session)
+            self.pooled = takes_locks_away(self._session)
             if self.pooled:
                 logger.warning(
                     "a pooler in transaction mode stands between this worker and Postgres: no wake-up by"
@@ -485,7 +485,7 @@ class Holder:
             transport.wake()
 
 
-def _takes_locks_away(session: Session) -> bool:
+def takes_locks_away(session: Session) -> bool:
     """Whether a pooler gives this session another server connection at each statement."""
     other = session.twin()
     try:

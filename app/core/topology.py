@@ -49,7 +49,7 @@ _WaitTarget = Annotated[float, AfterValidator(_on_a_bound)]
 
 
 class TopologyError(ValueError):
-    """The sheet, or an override of it, can't be used; `problems` holds one sentence each."""
+    """The sheet, an override of it or the schedule can't be used; `problems` holds one sentence each."""
 
     def __init__(self, source: str, problems: list[str]) -> None:
         self.problems = problems
@@ -186,11 +186,18 @@ class Exporter(_Entry):
     port: _Port
 
 
+class Beat(_Entry):
+    """The scheduler: a process on each host that may run it, one of them active."""
+
+    port: _Port
+
+
 class Topology(_Entry):
-    """All queues of the sheet, by name, in the sheet's order, and the exporter."""
+    """All queues of the sheet, by name, in the sheet's order, the exporter and the scheduler."""
 
     queues: dict[str, Queue] = Field(min_length=1)
     exporter: Exporter | None = None
+    beat: Beat | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -217,10 +224,13 @@ class Topology(_Entry):
                     raise ValueError(
                         f"{kind} {shown} is claimed by the queues {owner} and {queue.name}; change one"
                     )
-        if self.exporter and (taken := owners.get(("metrics_port", self.exporter.port))):
-            raise ValueError(
-                f"exporter.port {self.exporter.port} is the metrics_port of the queue {taken}; change one"
-            )
+        for name, service in (("exporter", self.exporter), ("beat", self.beat)):
+            if service and (taken := owners.get(("metrics_port", service.port))):
+                raise ValueError(
+                    f"{name}.port {service.port} is the metrics_port of the queue {taken}; change one"
+                )
+        if self.exporter and self.beat and self.exporter.port == self.beat.port:
+            raise ValueError(f"beat.port {self.beat.port} is the exporter's; change one")
         return self
 
     @cached_property
@@ -254,23 +264,36 @@ def load_topology(
     Raises:
         TopologyError: with a sentence for each thing that must be changed.
     """
-    source = str(path) if path else "app/topology.yml"
+    source, sheet = read_sheet("topology.yml", path)
+    topology = _validated(source, sheet)
+    return _overridden(topology, overrides) if overrides else topology
+
+
+def read_sheet(name: str, path: Path | None = None) -> tuple[str, Any]:
+    """The name, for messages, and the content of a YAML file in which no key stands twice.
+
+    Args:
+        name: of the file of that name in this release of the package.
+        path: another file to read in its place.
+
+    Raises:
+        TopologyError: it can't be read.
+    """
+    source = str(path) if path else f"app/{name}"
     try:
-        text = path.read_text() if path else files("app").joinpath("topology.yml").read_text()
-        sheet = yaml.load(text, Loader=_SheetLoader)  # noqa: S506 - a SafeLoader
+        text = path.read_text() if path else files("app").joinpath(name).read_text()
+        return source, yaml.load(text, Loader=_SheetLoader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise TopologyError(source, [f"can't be read: {error.strerror}"]) from error
     except yaml.YAMLError as error:
         raise TopologyError(source, [f"is not valid YAML: {_yaml_problem(error)}"]) from error
-    topology = _validated(source, sheet)
-    return _overridden(topology, overrides) if overrides else topology
 
 
 def _validated(source: str, sheet: Any) -> Topology:
     try:
         return Topology.model_validate(sheet)
     except ValidationError as error:
-        raise TopologyError(source, list(_sentences(error))) from error
+        raise TopologyError(source, list(sentences(error))) from error
 
 
 def _overridden(topology: Topology, overrides: Mapping[str, Mapping[str, Any]]) -> Topology:
@@ -287,7 +310,7 @@ def _overridden(topology: Topology, overrides: Mapping[str, Mapping[str, Any]]) 
         try:
             checked = _QueueOverride.model_validate(numbers)
         except ValidationError as error:
-            raise TopologyError(source, [f"{name}.{sentence}" for sentence in _sentences(error)]) from error
+            raise TopologyError(source, [f"{name}.{sentence}" for sentence in sentences(error)]) from error
         sheet["queues"][name] |= checked.model_dump(exclude_none=True)
     return _validated(source, sheet)
 
@@ -298,7 +321,7 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return str(error)
 
 
-def _sentences(error: ValidationError) -> Iterator[str]:
+def sentences(error: ValidationError) -> Iterator[str]:
     """One sentence a problem: the entry, what is wrong with it and what was found there."""
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])

@@ -4,9 +4,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from celery import shared_task
+from celery import current_app, shared_task
 from sqlalchemy import Text, cast, delete, func, select
 
+from app.broker import in_transaction
 from app.db.models import Event
 from app.db.session import get_session
 from app.tasks.context import tenant_task
@@ -31,6 +32,20 @@ def refresh_all_materialized_views() -> dict[str, list[str]]:
     """
     with get_session(None) as session:
         return {"refreshed": list(session.scalars(select(func.refresh_all_materialized_views())))}
+
+
+@shared_task
+def enqueue_for_every_tenant(task: str) -> dict[str, int]:
+    """Enqueue a task for each tenant there is, with its `tenant_id`: for all of them, or for none.
+
+    Args:
+        task: full name of a task that takes a tenant's id and nothing else.
+    """
+    with get_session(None) as session, in_transaction(session):
+        tenants = session.scalars(select(func.tenant_ids())).all()
+        for tenant in tenants:
+            current_app.send_task(task, kwargs={"tenant_id": str(tenant)})
+    return {"enqueued": len(tenants)}
 
 
 @shared_task

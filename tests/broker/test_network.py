@@ -1,76 +1,29 @@
 """Hosts that vanish without a word: cut off, their connections neither closed nor reset."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.broker.conftest import Ledger, Worker, celery_environment, until
-from tests.postgres import Cluster, Database, provisioned_cluster
+from tests.cable import Cable, cluster_at, laid_cable, needs_cable
+from tests.postgres import Cluster, Database
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("iptables")),
-    reason="network namespaces need root, iproute2 and iptables",
-)
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
-@dataclass
-class Cable:
-    """A network namespace that reaches this machine by one cable alone."""
-
-    namespace: str
-    near: str
-    address: str
-
-    def cut(self) -> None:
-        """Drop every packet, both ways, without a word to either end."""
-        self._loss("-I")
-
-    def mend(self) -> None:
-        """Let packets pass again."""
-        self._loss("-D")
-
-    def _loss(self, change: str) -> None:
-        for place, end in (([], self.near), (["ip", "netns", "exec", self.namespace], "far")):
-            rule = ["iptables", "-w", change, "INPUT", "-i", end, "-j", "DROP"]
-            subprocess.run([*place, *rule], check=True)
+pytestmark = needs_cable
 
 
 @pytest.fixture(scope="module")
 def cable() -> Iterator[Cable]:
-    number = os.getpid() % 250
-    made = Cable(f"skeldir{os.getpid()}", f"skel{os.getpid()}", f"10.213.{number}")
-    ip("netns", "add", made.namespace)
-    try:
-        ip("link", "add", made.near, "type", "veth", "peer", "name", "far", "netns", made.namespace)
-        ip("addr", "add", f"{made.address}.1/24", "dev", made.near)
-        ip("link", "set", made.near, "up")
-        inside = ("-n", made.namespace)
-        ip(*inside, "addr", "add", f"{made.address}.2/24", "dev", "far")
-        ip(*inside, "link", "set", "far", "up")
-        ip(*inside, "link", "set", "lo", "up")
-        yield made
-    finally:
-        ip("netns", "del", made.namespace)
+    yield from laid_cable()
 
 
 @pytest.fixture(scope="module")
 def postgres(cable: Cable) -> Iterator[Cluster]:
-    """A server that also listens on the near end of the cable."""
-    cluster = Cluster(host=f"{cable.address}.1")
-    with (cluster.data / "pg_hba.conf").open("a") as hba:
-        hba.write("host all all 10.213.0.0/16 scram-sha-256\n")
-    yield from provisioned_cluster(cluster)
+    yield from cluster_at(cable)
 
 
 @pytest.fixture

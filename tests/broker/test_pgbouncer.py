@@ -4,6 +4,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from psycopg2.extensions import cursor
 from tests.broker.conftest import Database, Ledger, Worker, until
 from tests.broker.test_workers import held, left
 from tests.postgres import PASSWORDS, free_port, unprivileged
+from tests.workers import environment
 
 WARNING = "a pooler in transaction mode stands between this worker and Postgres"
 SESSION = pytest.mark.parametrize("mode", ["session"])
@@ -123,3 +125,17 @@ def test_in_transaction_mode_workers_say_what_is_missing_and_poll(
     assert sum(ledger.count(f"began j{i}") for i in range(3)) == 5
     publish(IDLE)
     assert picked_up(ledger) < 2.5  # polls are a second apart
+
+
+@TRANSACTION
+def test_in_transaction_mode_a_scheduler_does_not_start(dsn: str) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("skeldir"), "beat"],
+        env=environment(dsn, CELERY_METRICS_ADDR="127.0.0.9"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 78
+    assert "pooler" in done.stderr

@@ -47,6 +47,9 @@ def furnished(postgres: Cluster) -> Iterator[Database]:
             " VALUES ('t', 'SUCCESS', 'private', 'private')"
         )
         cursor.execute("INSERT INTO celery_tasksetmeta (taskset_id, result) VALUES ('g', 'private')")
+        cursor.execute(
+            "INSERT INTO celery_schedule (name, rhythm, last_due) VALUES ('tidy', 'every 1 s', now())"
+        )
         cursor.execute("SELECT refresh_all_materialized_views()")
         cursor.execute("ANALYZE")
     session.close()
@@ -111,6 +114,15 @@ REFUSED = [
     Attempt("app_user", A, "ALTER DEFAULT PRIVILEGES FOR ROLE app_owner GRANT ALL ON TABLES TO app_user"),
     Attempt("app_user", None, "UPDATE alembic_version SET version_num = version_num || 'x'"),
     Attempt("app_rw", None, "DELETE FROM alembic_version"),
+    # what the scheduler remembers, and which tenants there are
+    Attempt("app_user", None, "DELETE FROM celery_schedule"),
+    Attempt("app_user", None, "TRUNCATE celery_schedule"),
+    Attempt("app_rw", None, "UPDATE celery_schedule SET last_due = now()"),
+    Attempt("app_rw", None, "INSERT INTO celery_schedule (name, rhythm, last_due) VALUES ('x', 'y', now())"),
+    Attempt("app_rw", None, "DELETE FROM celery_schedule"),
+    Attempt("app_ro", None, "SELECT name FROM celery_schedule"),
+    Attempt("app_rw", None, "SELECT tenant_ids()"),
+    Attempt("app_ro", None, "SELECT tenant_ids()"),
     # becoming somebody else
     Attempt("app_user", None, "SET ROLE app_owner"),
     Attempt("app_user", None, "SET ROLE app_rw"),
@@ -217,6 +229,9 @@ NOTHING_THERE = [
     Attempt("app_user", A, f"DELETE FROM events WHERE tenant_id = '{B}'"),
     Attempt("app_user", A, f"SELECT * FROM tenants WHERE id = '{B}'"),
     Attempt("app_user", None, f"SET LOCAL app.refreshing_materialized_views = 'on'; {READ_EVENTS}"),
+    Attempt("app_user", None, "SET LOCAL app.listing_tenants = 'on'; SELECT * FROM tenants"),
+    Attempt("app_user", None, "SELECT tenant_ids(); SELECT * FROM tenants"),
+    Attempt("app_owner", None, "SELECT tenant_ids(); SELECT * FROM tenants"),
     Attempt("app_user", A, "SELECT * FROM pg_stats WHERE tablename = 'events'"),
     Attempt(
         "app_ro", None, "SELECT * FROM pg_stats WHERE tablename = 'kombu_message' AND attname = 'payload'"
@@ -235,6 +250,11 @@ ALLOWED = [
     Attempt("app_user", A, "SELECT * FROM tenants"),
     Attempt("app_user", A, "SELECT * FROM tenant_event_counts"),
     Attempt("app_user", None, "SELECT * FROM refresh_all_materialized_views()"),
+    Attempt("app_user", None, "SELECT tenant_ids()"),
+    Attempt(
+        "app_user", None, "INSERT INTO celery_schedule (name, rhythm, last_due) VALUES ('x', 'y', now())"
+    ),
+    Attempt("app_user", None, "UPDATE celery_schedule SET last_due = now()"),
     Attempt("app_user", None, "INSERT INTO later (payload) VALUES ('x')"),
     Attempt("app_user", None, "SELECT * FROM alembic_version"),
     *(
@@ -253,6 +273,7 @@ ALLOWED = [
             "SELECT nextval('task_id_sequence')",
         )
     ),
+    Attempt("app_rw", None, "SELECT * FROM celery_schedule"),
     Attempt("app_rw", None, "INSERT INTO tenants (name) VALUES ('C')"),
     Attempt("app_rw", None, f"UPDATE tenants SET name = 'C' WHERE id = '{B}'"),
     Attempt("app_ro", None, "SELECT count(*) FROM kombu_message"),

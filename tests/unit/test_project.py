@@ -17,7 +17,7 @@ SHEET = load_topology()
 # Where a person reads about the shipped sheet, or a test needs the names that users know. Nothing of it makes
 # the plane run.
 SPEAKS_OF_THE_SHEET = re.compile(
-    r"^(tests|molecule|requirements|prometheus/tests)/|\.md$|^app/topology\.yml$|^app/tasks/"
+    r"^(tests|molecule|requirements|prometheus/tests)/|\.md$|^app/(topology|schedule)\.yml$|^app/tasks/"
 )
 
 
@@ -84,9 +84,10 @@ def test_only_the_sheet_knows_a_queues_port_and_tasks(queue: Queue) -> None:
             assert not found, f"{name} repeats {found.group() if found else ''} of app/topology.yml"
 
 
-def test_only_the_sheet_knows_the_exporters_port() -> None:
+def test_only_the_sheet_knows_the_ports_of_exporter_and_scheduler() -> None:
     assert SHEET.exporter
-    port = re.compile(rf"\b{SHEET.exporter.port}\b")
+    assert SHEET.beat
+    port = re.compile(rf"\b({SHEET.exporter.port}|{SHEET.beat.port})\b")
     for path in project_files():
         name = path.relative_to(ROOT).as_posix()
         if not SPEAKS_OF_THE_SHEET.search(name):
