@@ -83,8 +83,8 @@ def main() -> int:
         url = database.dsn("app_user")
         ours = Contender("ours", f"sqla+{url}", f"db+{url}", database)
 
-        def size() -> float:
-            cursor.execute("SELECT pg_total_relation_size('kombu_message') / 1048576.0")
+        def size(what: str) -> float:
+            cursor.execute(f"SELECT pg_{what}_size('kombu_message') / 1048576.0")
             return float(cursor.fetchone()[0])
 
         def empty() -> None:
@@ -94,7 +94,8 @@ def main() -> int:
 
         def note(when: str, *, publish: bool = True) -> None:
             jobs = median(rate(ours, publish=publish) for _ in range(ROUNDS))
-            found.append({"when": when, "jobs a second": jobs, "MiB of table and indexes": size()})
+            sizes = {"MiB of the table": size("table"), "MiB of its indexes": size("indexes")}
+            found.append({"when": when, "jobs a second": jobs, **sizes})
             console.print(found[-1])
 
         rate(ours, publish=True)  # warms up
@@ -112,21 +113,22 @@ def main() -> int:
         pass_through(cursor, message, arguments.passed)
         note(f"{arguments.passed:,} passed")
         empty()
-        deadline = time.monotonic() + 150
-        while size() > 5 and time.monotonic() < deadline:
+        deadline = time.monotonic() + 300
+        while size("table") > 5 and time.monotonic() < deadline:
             time.sleep(5)  # autovacuum looks once a minute
         note("and after autovacuum")
     if arguments.json:
         print(json.dumps(found))
         return 0
-    table = Table("when", "jobs a second", "time of a job", "MiB of table and indexes")
+    table = Table("when", "jobs a second", "time of a job", "MiB of the table", "MiB of its indexes")
     for row in found:
         slower = float(found[0]["jobs a second"]) / float(row["jobs a second"])
         table.add_row(
             str(row["when"]),
             f"{row['jobs a second']:,.0f}",
             f"{slower:.2f}x",
-            f"{row['MiB of table and indexes']:.1f}",
+            f"{row['MiB of the table']:.1f}",
+            f"{row['MiB of its indexes']:.1f}",
         )
     Console().print(table)
     return 0

@@ -47,9 +47,7 @@ def encrypted(postgres: Cluster, tmp_path: Path) -> Iterator[tuple[Standby, Path
         server.destroy()
 
 
-def test_jobs_run_over_tls_with_the_server_verified(
-    encrypted: tuple[Standby, Path], tmp_path: Path
-) -> None:
+def test_jobs_run_over_tls_with_the_server_verified(encrypted: tuple[Standby, Path], tmp_path: Path) -> None:
     server, certificate = encrypted
     dsn = f"{server.dsn('app_user', 'skeldir')}?sslmode=verify-full&sslrootcert={certificate}"
     with ready_worker(dsn, "housekeeping", tmp_path):
