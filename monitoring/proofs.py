@@ -42,6 +42,8 @@ TROUBLES = {
     "CeleryQueueNoConsumer": Trouble("stopped", "started_again"),
     "CeleryWorkerDown": Trouble("stopped", "started_again"),
     "CeleryWorkerLoopStalled": Trouble("loop_stands", "loop_moves"),
+    "SkeldirBeatDown": Trouble("beat_killed", "beat_again"),
+    "SkeldirBeatOverdue": Trouble("beat_refused", "beat_allowed"),
     "SkeldirExporterDown": Trouble("exporter_killed", "exporter_again"),
     "SkeldirExporterCollectorFailing": Trouble("no_dead_letters", "dead_letters_again"),
     "CeleryMessagesHeldByDead": Trouble("all_killed", "all_again"),

@@ -13,11 +13,11 @@ name: skeldir_topology
 short_description: The queues of app/topology.yml, typed and checked
 description:
   - Returns the mapping of queue names to their entries, with the inventory's overrides applied.
-  - With the term C(exporter) it returns the exporter's entry.
+  - With the term C(exporter) or C(beat) it returns the exporter's or the scheduler's entry.
   - The sheet is the one of the checkout this plugin lies in; no host and no fact is needed.
 options:
   _terms:
-    description: The part of the sheet, C(queues) or C(exporter).
+    description: The part of the sheet, C(queues), C(exporter) or C(beat).
     type: list
     elements: str
     default: [queues]
@@ -26,7 +26,7 @@ options:
     type: dict
     default: {}
   problems:
-    description: Return what is wrong with sheet and overrides, a sentence each, instead of the queues.
+    description: Return what is wrong with sheet, overrides and schedule, a sentence each, instead of a part.
     type: bool
     default: false
 """
@@ -56,13 +56,16 @@ class LookupModule(LookupBase):  # type: ignore[misc]
         if str(_PROJECT) not in sys.path:
             sys.path.insert(0, str(_PROJECT))
         try:
-            from app.core.topology import TopologyError, load_topology  # noqa: PLC0415 - needs the path above
+            from app.beat.schedule import load_schedule  # noqa: PLC0415 - needs the path above
+            from app.core.topology import TopologyError, load_topology  # noqa: PLC0415
         except ImportError as error:
             raise AnsibleError(
                 f"the sheet can't be read: {error}; install requirements/tools.txt beside Ansible"
             ) from error
         try:
             topology = load_topology(overrides=overrides)
+            if self.get_option("problems"):
+                load_schedule(topology)
         except TopologyError as error:
             if self.get_option("problems"):
                 return str(error).splitlines()

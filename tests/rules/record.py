@@ -62,7 +62,7 @@ class Targets:
                 found = recordings.samples(answer.read().decode())
         except OSError:
             return None
-        if job in ("celery-worker", "skeldir-exporter"):
+        if job in ("celery-worker", "skeldir-exporter", "skeldir-beat"):
             return found
         # Of this machine's file systems only its root and the one to fill, whose place is of one run.
         named = {key.replace(f'="{self.disk}"', '="/disk"'): value for key, value in found.items()}
@@ -127,6 +127,17 @@ class Plane:
             started([sys.executable, "-c", code], self.folder / "exporter", env)
         )
         wait(lambda: self.exported("celery_postgres_database_size_bytes"))
+
+    def start_beat(self) -> None:
+        port = self.targets.port("skeldir-beat", f"worker1:{SHEET.beat.port}")
+        command = [sys.executable, "-c", f"from {MODULE} import run_beat; run_beat({port})"]
+        stack = self.stacks["beat"] = ExitStack()
+        log, env = self.folder / "beat", environment(self.database.dsn())
+        self.workers["beat"] = stack.enter_context(started(command, log, env))
+        wait(lambda: self.scheduled("skeldir_beat_active") == 1)
+
+    def scheduled(self, metric: str) -> float:
+        return self.targets.value("skeldir-beat", metric)
 
     def exported(self, metric: str, **labels: str) -> float:
         return self.targets.value("skeldir-exporter", metric, **labels)
@@ -358,6 +369,20 @@ def record(plane: Plane, disk: Path) -> None:
     plane.start_exporter()
     targets.moment("exporter_again")
 
+    plane.kill("beat")
+    targets.moment("beat_killed")
+    plane.start_beat()
+    targets.moment("beat_again")
+    plane.sql(
+        "REVOKE UPDATE ON celery_schedule FROM app_user",
+        "UPDATE celery_schedule SET last_due = last_due - interval '2 days'",
+    )
+    wait(lambda: plane.scheduled("skeldir_beat_errors_total") > 0)
+    targets.moment("beat_refused")
+    plane.sql("GRANT UPDATE ON celery_schedule TO app_user")
+    wait(lambda: plane.scheduled("skeldir_beat_enqueued_total") > 0)
+    targets.moment("beat_allowed")
+
     cluster.stop()
     wait(lambda: plane.told("celery_worker_database_connected") == 0)
     wait(lambda: plane.exported("skeldir_exporter_database_up") == 0)
@@ -365,6 +390,7 @@ def record(plane: Plane, disk: Path) -> None:
     cluster.start()
     wait(lambda: plane.told("celery_worker_ready") == len(SHEET.queues), 90)
     wait(lambda: plane.exported("skeldir_exporter_database_up") == 1)
+    wait(lambda: plane.scheduled("skeldir_beat_active") == 1)
     wait(lambda: plane.exported("celery_dlq_open") > 0, 90)
     targets.moment("postgres_again")
 
@@ -383,6 +409,7 @@ def main() -> None:
         for queue in SHEET.queues:
             plane.start_worker(queue)
         plane.start_exporter()
+        plane.start_beat()
         node_stack = stack.enter_context(ExitStack())
         disk = node_stack.enter_context(small_disk(folder, targets))
         stack.enter_context(troubled_monitoring(folder, targets))

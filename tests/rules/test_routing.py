@@ -98,8 +98,8 @@ def alertmanager(configuration: Path, tmp_path: Path) -> Iterator[Alertmanager]:
 def test_a_dead_database_is_one_page(alertmanager: Alertmanager) -> None:
     alertmanager.fire(*({"alertname": name, "severity": severity} | EVERYWHERE for name, severity in ALERTS))
     calling = alertmanager.calling(len(ALERTS))
-    celerys = {one for one in calling if one.startswith(("Celery", "Postgres", "SkeldirExporterCollector"))}
-    assert celerys == {"PostgresDown critical"}
+    told = ("Celery", "Postgres", "SkeldirExporterCollector", "SkeldirBeat")
+    assert {one for one in calling if one.startswith(told)} == {"PostgresDown critical"}
     assert "HostDiskFilling critical" in calling  # it may be the cause
     assert "Watchdog none" in calling
 

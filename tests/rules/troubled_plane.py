@@ -11,7 +11,7 @@ import time
 from celery import shared_task, signals
 
 from app.core import config
-from app.core.topology import Exporter, Topology, load_topology
+from app.core.topology import Beat, Exporter, Topology, load_topology
 
 MODULE = "tests.rules.troubled_plane"
 FROZEN = 70.0
@@ -91,3 +91,12 @@ def run_exporter(port: int) -> None:
     from app.exporter.process import run  # noqa: PLC0415 - only this process is one
 
     run(SHEET.model_copy(update={"exporter": Exporter(port=port)}))
+
+
+def run_beat(port: int) -> None:
+    """Become the scheduler of this plane, of one job that is due when nobody records."""
+    from app.beat.process import run  # noqa: PLC0415 - only this process is one
+    from app.beat.schedule import Entry  # noqa: PLC0415
+
+    entry = Entry(name="clean-up-results", task="celery.backend_cleanup", crontab="10 3 * * *")
+    run(SHEET.model_copy(update={"beat": Beat(port=port)}), {entry.name: entry})

@@ -23,6 +23,8 @@ def targets(worker: Host) -> dict[tuple[str, str], str]:
 
 def test_every_target_of_the_sheet_and_the_inventory_is_up(worker: Host) -> None:
     expected = {("celery-worker", f"worker1:{queue.metrics_port}") for queue in SHEET.queues.values()}
+    assert SHEET.beat
+    expected |= {("skeldir-beat", f"worker1:{SHEET.beat.port}")}
     expected |= {("skeldir-exporter", f"worker1:{EXPORTER}"), ("postgres", "db1:9187")}
     expected |= {("node", "db1:9100"), ("node", "worker1:9100")}
     expected |= {("prometheus", "worker1:9090"), ("alertmanager", "worker1:9093")}
