@@ -211,6 +211,36 @@ ON_CALL = Page(
                 ),
             ),
         ),
+        (
+            "What runs by itself",
+            (
+                Panel(
+                    "Schedulers",
+                    "1 for the active one, 0 for those that stand by. Normal: one at 1; it changes when a host ends.",
+                    (("skeldir_beat_active", "{{instance}}"),),
+                    runbook="SkeldirBeatDown",
+                ),
+                Panel(
+                    "Runs enqueued, last hour",
+                    "By entry of app/schedule.yml. Normal: as many as its times say; a gap is when no scheduler was there.",
+                    (("sum by (entry) (increase(skeldir_beat_enqueued_total[1h]))", "{{entry}}"),),
+                ),
+                Panel(
+                    "Overdue",
+                    "How long the next run of an entry should have been enqueued. Normal: 0. Above, the scheduler's log "
+                    "says why it can't.",
+                    (
+                        (
+                            "max by (entry) (clamp_min(time() - (skeldir_beat_next_due_timestamp_seconds > 0), 0))",
+                            "{{entry}}",
+                        ),
+                    ),
+                    unit="s",
+                    bounds=(30, 120),
+                    runbook="SkeldirBeatOverdue",
+                ),
+            ),
+        ),
     ),
 )
 
