@@ -43,6 +43,20 @@ def test_a_right_sheet_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("services", "named"),
+    [
+        ({"beat": {"port": 9001}}, "beat.port 9001"),
+        ({"exporter": {"port": 9002}}, "exporter.port 9002"),
+        ({"exporter": {"port": 9003}, "beat": {"port": 9003}}, "beat.port 9003"),
+        ({"beat": {"port": 80}}, "beat.port"),
+    ],
+)
+def test_a_service_wants_a_port_of_its_own(tmp_path: Path, services: Sheet, named: str) -> None:
+    with pytest.raises(TopologyError, match=named):
+        _load(tmp_path, GOOD | services)
+
+
+@pytest.mark.parametrize(
     ("entry", "value", "named"),
     [
         ("colour", "red", "first.colour"),  # an unknown key
