@@ -57,6 +57,15 @@ class TestRefused:
         sheet.write_text(sheet.read_text().replace(str(second.metrics_port), str(first.metrics_port)))
         refused(site(tree=tree), first.name, second.name, str(first.metrics_port))
 
+    def test_a_schedule_with_a_task_that_does_not_exist(self, tree: Path) -> None:
+        schedule = tree / "app/schedule.yml"
+        schedule.write_text("tidy-up: {task: app.tasks.nowhere.at_all, every: 60}\n")
+        refused(site(tree=tree), "tidy-up", "app.tasks.nowhere.at_all")
+
+    def test_a_scheduler_on_a_host_without_the_release(self, tmp_path: Path) -> None:
+        (tmp_path / "beat.ini").write_text("[beat]\ndb1\n")
+        refused(site(f"--inventory={tmp_path / 'beat.ini'}"), "beat", "db1")
+
     def test_an_override_for_a_queue_that_does_not_exist(self) -> None:
         refused(with_variables(skeldir_queue_overrides={"nosuch": {"concurrency": 2}}), "nosuch")
 
