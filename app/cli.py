@@ -30,6 +30,8 @@ from app.exporter.process import run as run_exporter
 from app.observability.context import correlation
 from app.tasks import housekeeping
 from app.tasks.discovery import disagreements, discover
+from app.top.command import TOP_PAGES, show_top
+from app.top.source import PrometheusError
 
 cli = typer.Typer(
     help="Look at and run the worker plane.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -163,6 +165,29 @@ def schedule(as_json: AsJson = False) -> None:
 
 def _minute(moment: str | None) -> str:
     return moment[:19].replace("T", " ") if moment else "-"
+
+
+@cli.command()
+def top(  # noqa: PLR0917 - typer makes options of arguments
+    page: Annotated[str, typer.Argument(help=f"What to look at: {', '.join(TOP_PAGES)}.")] = "oncall",
+    prometheus: Annotated[
+        str, typer.Option(envvar="SKELDIR_PROMETHEUS", help="Address of the Prometheus to ask.")
+    ] = "http://127.0.0.1:9090",
+    once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON once and end.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write every page into one file for a browser and end.")
+    ] = None,
+    interval: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 5,
+    hours: Annotated[float, typer.Option(min=0.1, help="How far back graphs go.")] = 3,
+) -> None:
+    """Show the plane as its dashboards do, live, from what a Prometheus knows of it."""
+    if page not in TOP_PAGES:
+        raise typer.BadParameter(f"there is no page {page}; there are {', '.join(TOP_PAGES)}")
+    try:
+        show_top(page, prometheus, once=once, as_json=as_json, html=html, interval=interval, hours=hours)
+    except PrometheusError as error:
+        sys.exit(str(error))
 
 
 @cli.command()

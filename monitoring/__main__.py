@@ -22,7 +22,7 @@ def _dashboards(arguments: argparse.Namespace) -> int:
         dashboards.write()
     elif stale := dashboards.stale():
         sys.exit(
-            f"{', '.join(stale)}: not what monitoring/panels.py says; run `python -m monitoring dashboards`"
+            f"{', '.join(stale)}: not what app/top/panels.py says; run `python -m monitoring dashboards`"
         )
     return 0
 

@@ -4,7 +4,7 @@
 - unproved alerts: no case in prometheus/tests that fires and ends, none that stays silent, no recorded
   trouble in which it fires and after which it ends, or no runbook and dashboard where its annotations point;
 - empty panels: a query that fails or finds nothing in a real Prometheus which holds the recording, a
-  variable without a value, panels that overlap, a link to nowhere;
+  variable without a value, panels that overlap, a link to nowhere; also what celery-mixin's panels ask for;
 - unexecuted commands: runbooks with a block that no test runs.
 """
 
@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -25,9 +26,9 @@ from urllib.request import urlopen
 
 import yaml
 
-from monitoring import dashboards, proofs, recordings
-from monitoring.panels import PAGES, Page
-from monitoring.promql import filled_in, reads, selectors
+from app.top.panels import PAGES, Page, filled_in
+from monitoring import dashboards, mixin, proofs, recordings
+from monitoring.promql import reads, selectors
 from monitoring.recordings import Moment
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ def check() -> Findings:
     sheet = proofs.sheet_of_the_recording()
     with prometheus(moments, sheet) as ask:
         silent = silent_rules(ask)
-        empty = empty_panels(ask)
+        empty = empty_panels(ask) + list(mixin.unanswered(ask))
     return {
         "dead rules": dead_rules(moments, sheet) + silent,
         "unproved alerts": unproved_alerts(moments, sheet),
@@ -149,7 +150,7 @@ def _links() -> Iterator[str]:
 
 def empty_panels(ask: Any) -> list[str]:
     """What is wrong with the dashboards."""
-    found = [f"{name} is not what monitoring/panels.py says" for name in dashboards.stale()]
+    found = [f"{name} is not what app/top/panels.py says" for name in dashboards.stale()]
     found += [problem for page in PAGES for problem in _layout(page)]
     for page in PAGES:
         for variable in page.variables:
@@ -158,9 +159,9 @@ def empty_panels(ask: Any) -> list[str]:
                 found.append(f"{page.uid}: the variable {variable.name} has no value")
         for _, panels in page.rows:
             for panel in panels:
-                for expression, _ in panel.queries:
+                for expression in panel.expressions:
                     try:
-                        answer = ask("query_range", query=filled_in(expression))["result"]
+                        answer = ask("query_range", query=filled_in(expression, "5m"))["result"]
                     except ValueError as error:
                         found.append(f"{page.uid}, {panel.title}: {error}")
                         continue
@@ -183,7 +184,7 @@ def _layout(page: Page) -> Iterator[str]:
                     yield f"{page.uid}: {panel['title']} lies over {taken[x, y]}"
                     return
                 taken[x, y] = panel["title"]
-    queries = [expression for _, panels in page.rows for panel in panels for expression, _ in panel.queries]
+    queries = [expression for _, panels in page.rows for panel in panels for expression in panel.expressions]
     for variable in page.variables:
         if not any(f"${variable.name}" in expression for expression in queries):
             yield f"{page.uid}: nothing uses the variable {variable.name}"
@@ -195,64 +196,89 @@ def _layout(page: Page) -> Iterator[str]:
                 yield f"{page.uid}: {panel.title} links to no runbook"
 
 
-@contextmanager
-def prometheus(moments: list[Moment], sheet: str) -> Iterator[Any]:
-    """A real Prometheus with the project's rules that has seen the recording, moment after moment, until now.
-
-    Yields a function that asks its API, `ask("query", query=…)`; ranges are those of the recording.
+@dataclass(frozen=True)
+class Prometheus:
+    """A Prometheus to ask: `ask("query", query=…)`; ranges are those of the recording.
 
     Raises:
         ValueError: Prometheus refuses a query; the message is its own.
     """
+
+    address: str
+    begin: float
+
+    def __call__(self, path: str, **parameters: Any) -> Any:
+        """The data that its API answers."""
+        if path == "query_range":
+            # The last step is now: what rules record is there since a moment ago only.
+            now = time.time()
+            steps = (now - self.begin) // 30
+            parameters |= {"start": now - steps * 30, "end": now, "step": 30}
+        url = f"{self.address}/api/v1/{path}?{urlencode(parameters)}"
+        try:
+            with urlopen(url, timeout=30) as answer:  # noqa: S310 - http, see below
+                return json.load(answer)["data"]
+        except HTTPError as error:
+            raise ValueError(json.load(error)["error"]) from error
+
+
+@contextmanager
+def prometheus(moments: list[Moment], sheet: str) -> Iterator[Prometheus]:
+    """A real one with the project's rules that has seen the recording, moment after moment, until now."""
     end = time.time()
     begin = end - _HELD * len(moments)
-    address = _free_address()
     with tempfile.TemporaryDirectory(prefix="skeldir-prometheus-") as folder:
         home = Path(folder)
         (home / "history").write_text(_openmetrics(moments, begin))
         (home / "sheet.yml").write_text(sheet)
+        _run("promtool", "tsdb", "create-blocks-from", "openmetrics", home / "history", home / "data")
+        # What rules record begins when Prometheus does; counters of others' names must have risen before.
+        (home / "prometheus.yml").write_text("{}")
+        with _serving(home) as address:
+            when = (f"--start={begin:.0f}", f"--end={end:.0f}", "--eval-interval=15s", f"--url={address}")
+            made = ("promtool", "tsdb", "create-blocks-from", "rules", *when)
+            _run(*made, f"--output-dir={home}/data", RULES / "7-compatibility.yml")
         (home / "prometheus.yml").write_text(
             f"global: {{evaluation_interval: 1s}}\nrule_files: [{RULES}/*.yml, {home}/sheet.yml]\n"
         )
-        made = ["promtool", "tsdb", "create-blocks-from", "openmetrics", home / "history", home / "data"]
-        subprocess.run(made, check=True, capture_output=True)
-        with (home / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [
-                    "prometheus",
-                    f"--config.file={home}/prometheus.yml",
-                    f"--storage.tsdb.path={home}/data",
-                    "--storage.tsdb.retention.time=30d",
-                    f"--web.listen-address={address}",
-                ],
-                stdout=log,
-                stderr=log,
-            )
-        try:
-            _wait_for(home / "log", process)
-
-            def ask(path: str, **parameters: Any) -> Any:
-                if path == "query_range":
-                    # The last step is now: what rules record is there since a moment ago only.
-                    now = time.time()
-                    steps = (now - begin) // 30
-                    parameters |= {"start": now - steps * 30, "end": now, "step": 30}
-                url = f"http://{address}/api/v1/{path}?{urlencode(parameters)}"
-                try:
-                    with urlopen(url, timeout=30) as answer:
-                        return json.load(answer)["data"]
-                except HTTPError as error:
-                    raise ValueError(json.load(error)["error"]) from error
-
+        with _serving(home) as address:
+            ask = Prometheus(address, begin)
             # Rules read rules: three rounds until all that is recorded is there; else it shows as empty.
             deadline = time.monotonic() + 20
             ready = 'celery_queue:late_starts:ratio_rate3d and on () ALERTS{alertstate="firing"}'
             while not ask("query", query=ready)["result"] and time.monotonic() < deadline:
                 time.sleep(0.5)
             yield ask
-        finally:
-            process.terminate()
-            process.wait(timeout=20)
+
+
+def _run(*command: str | Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[:4]} failed: {done.stdout}{done.stderr}")
+
+
+@contextmanager
+def _serving(home: Path) -> Iterator[str]:
+    """Prometheus with the configuration and the data of a folder; yields its address."""
+    address = _free_address()
+    with (home / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={home}/prometheus.yml",
+                f"--storage.tsdb.path={home}/data",
+                "--storage.tsdb.retention.time=30d",
+                f"--web.listen-address={address}",
+            ],
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        _wait_for(home / "log", process)
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
 
 
 def _free_address() -> str:

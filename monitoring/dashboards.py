@@ -1,4 +1,4 @@
-"""Grafana's JSON from `monitoring.panels`: `python -m monitoring dashboards` writes grafana/dashboards/."""
+"""Grafana's JSON from `app.top.panels`: `python -m monitoring dashboards` writes grafana/dashboards/."""
 
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from grafana_foundation_sdk.models.common import (
 )
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from monitoring.panels import PAGES, Page, Panel, Variable
+from app.top.panels import PAGES, Column, Page, Panel, Variable
 
 FOLDER = Path(__file__).parents[1] / "grafana/dashboards"
 RUNBOOKS = "https://runbooks.example"
 """Where runbooks are read; a deployment puts its own address in its place, a reader may in the variable."""
 
 _SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
-_HEIGHT = {"graph": 8, "stat": 4, "table": 8}
+_HEIGHT = {"graph": 8, "stat": 4, "table": 8, "summary": 8}
 _COLUMNS = 24
 
 # A new release on any worker, and replays: what explains most sudden changes.
@@ -126,6 +126,8 @@ def _panel(panel: Panel) -> timeseries.Panel | stat.Panel | table.Panel:
         made = stat.Panel().color_mode(BigValueColorMode.BACKGROUND)
     elif panel.kind == "table":
         made = table.Panel()
+    elif panel.kind == "summary":
+        made = _summary(panel)
     else:
         made = (
             timeseries.Panel()
@@ -147,7 +149,8 @@ def _panel(panel: Panel) -> timeseries.Panel | stat.Panel | table.Panel:
     if panel.runbook:
         url = f"${{runbooks}}/{panel.runbook}.md"
         made.links([dashboard.DashboardLink("Runbook").type(models.DashboardLinkType.LINK).url(url)])
-    for number, (expression, legend) in enumerate(panel.queries):
+    queries = panel.queries or [(column.query, "") for column in panel.columns]
+    for number, (expression, legend) in enumerate(queries):
         query = prometheus.Dataquery().expr(expression).ref_id(chr(ord("A") + number))
         if legend:
             query.legend_format(legend)
@@ -155,13 +158,40 @@ def _panel(panel: Panel) -> timeseries.Panel | stat.Panel | table.Panel:
             query.range()
         else:
             query.instant()
-        if panel.kind == "table":
+        if panel.kind in ("table", "summary"):
             query.format(PromQueryFormat.TABLE)
         made.with_target(query)
     return made
 
 
-def _thresholds(panel: Panel) -> dashboard.ThresholdsConfig:
+def _summary(panel: Panel) -> table.Panel:
+    """Many queries as one table: a row for each value of a label, a column for each query."""
+    fields = {f"Value #{chr(ord('A') + number)}": column for number, column in enumerate(panel.columns)}
+    made = table.Panel().transformations(
+        [
+            models.DataTransformerConfig("merge", options={}),
+            models.DataTransformerConfig(
+                "organize",
+                options={
+                    "excludeByName": {"Time": True},
+                    "indexByName": {name: number for number, name in enumerate([panel.by, *fields])},
+                    "renameByName": {name: column.title for name, column in fields.items()},
+                },
+            ),
+        ]
+    )
+    for column in panel.columns:
+        properties = [models.DynamicConfigValue("unit", column.unit)]
+        if column.bounds:
+            properties += [
+                models.DynamicConfigValue("thresholds", _thresholds(column).build()),
+                models.DynamicConfigValue("custom.cellOptions", {"type": "color-text"}),
+            ]
+        made.override_by_name(column.title, properties)
+    return made
+
+
+def _thresholds(panel: Panel | Column) -> dashboard.ThresholdsConfig:
     steps = [models.Threshold(value=None, color="green")]
     if panel.bounds:
         warn, bad = panel.bounds

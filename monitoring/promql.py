@@ -11,7 +11,6 @@ _NAME = re.compile(r"(?<![\w.$:])([a-zA-Z_:][\w:]*)\b(?!\s*\()")
 _WORDS = frozenset(
     ("and", "or", "unless", "bool", "offset", "by", "without", "on", "ignoring", "group_left", "group_right")
 )
-_VARIABLES = {"$__rate_interval": "5m", "$__range": "1h"}
 
 Selector = tuple[str, tuple[tuple[str, str], ...]]
 """A metric's name, and the labels whose values are given."""
@@ -35,10 +34,3 @@ def reads(selector: Selector, series: str) -> bool:
     """Whether a selector finds a series that is written as `name{label="value",…}`."""
     name, labels = selector
     return name_of(series) == name and all(f'{label}="{value}"' in series for label, value in labels)
-
-
-def filled_in(expression: str, everything: str = ".*") -> str:
-    """A panel's query as Grafana sends it, with every variable set to all."""
-    for variable, value in _VARIABLES.items():
-        expression = expression.replace(variable, value)
-    return re.sub(r"\$\{?\w+\}?", everything, expression)

@@ -13,7 +13,8 @@ from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
+
+from app.observability.exposition import CONTENT_TYPE, exposition
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
             case "/health/ready":
                 return _status(health.ready), _TEXT, b"ready\n" if health.ready else b"not ready\n"
             case "/metrics":
-                encode, content_type = choose_encoder(self.headers.get("Accept", ""))
-                return HTTPStatus.OK, content_type, encode(self.server.registry)
+                return HTTPStatus.OK, CONTENT_TYPE, exposition(self.server.registry)
             case _:
                 return HTTPStatus.NOT_FOUND, _TEXT, b"/health /health/live /health/ready /metrics\n"
 

@@ -23,6 +23,11 @@ from tests.postgres import ROOT, Cluster, free_port
 from tests.workers import Worker, environment, started
 
 APP = "tests.integration.watched_app"
+# What Prometheus 2.42 asks for, and how
+AS_PROMETHEUS = {
+    "Accept": "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+}
 POOLS = ("prefork", "solo", "threads")
 MORE_LABELS = ("reason", "le", "exception", "kind")
 OUTCOMES = ("started", "success", "failure", "retry")
@@ -72,7 +77,7 @@ class Watched:
     variables: dict[str, str]
 
     def get(self, path: str, method: str = "GET") -> tuple[int, str]:
-        request = Request(f"http://127.0.0.1:{self.port}{path}", method=method)
+        request = Request(f"http://127.0.0.1:{self.port}{path}", method=method, headers=AS_PROMETHEUS)
         try:
             with urlopen(request, timeout=2) as answer:  # noqa: S310 - our own http address
                 return answer.status, answer.read().decode()

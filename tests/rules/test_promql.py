@@ -2,7 +2,8 @@
 
 import pytest
 
-from monitoring.promql import filled_in, reads, selectors
+from app.top.panels import filled_in
+from monitoring.promql import reads, selectors
 
 
 @pytest.mark.parametrize(
@@ -28,4 +29,4 @@ def test_a_label_that_no_series_has_is_seen() -> None:
 
 
 def test_variables_are_filled_in() -> None:
-    assert filled_in('rate(a{queue=~"$queue"}[$__rate_interval])') == 'rate(a{queue=~".*"}[5m])'
+    assert filled_in('rate(a{queue=~"$queue"}[$__rate_interval])', "5m") == 'rate(a{queue=~".*"}[5m])'

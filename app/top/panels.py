@@ -1,32 +1,57 @@
-"""What the dashboards show: plain data, from which `monitoring.dashboards` makes Grafana's JSON.
+"""What is shown of the plane: plain data, the same for `skeldir top`, its page and Grafana's dashboards.
 
 A description tells a stranger what is normal and what to do when it isn't.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
+
+Bounds = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of each row of a summary; `bounds` and `low` as a panel's."""
+
+    title: str
+    query: str
+    unit: str = "short"
+    bounds: Bounds | None = None
+    low: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
     """One panel.
 
-    `queries` are pairs of PromQL and legend. `bounds` are the values from which it is yellow and red (a `low`
+    `queries` are pairs of PromQL and legend. A summary has `columns` in their place, and a row for each value of
+    the label `by`. `bounds` are the values from which it is yellow and red (a `low`
     panel is bad below them). `runbook` is the alert whose page helps. `may_be_empty` is the reason why no data is
     a good sign; without it the check wants data.
     """
 
     title: str
     description: str
-    queries: tuple[tuple[str, str], ...]
+    queries: tuple[tuple[str, str], ...] = ()
     unit: str = "short"
-    kind: Literal["graph", "stat", "table"] = "graph"
+    kind: Literal["graph", "stat", "table", "summary"] = "graph"
     width: int = 8
-    bounds: tuple[float, float] | None = None
+    bounds: Bounds | None = None
     low: bool = False
     stacked: bool = False
     runbook: str | None = None
     may_be_empty: str | None = None
+    by: str = ""
+    columns: tuple[Column, ...] = ()
+
+    @property
+    def expressions(self) -> tuple[str, ...]:
+        """All its PromQL."""
+        return (
+            *(expression for expression, _ in self.queries),
+            *(column.query for column in self.columns),
+        )
 
 
 @dataclass(frozen=True)
@@ -49,9 +74,21 @@ class Page:
     variables: tuple[Variable, ...] = ()
 
 
+def filled_in(expression: str, rate_interval: str, everything: str = ".*") -> str:
+    """A query as it is sent: Grafana's intervals replaced, and every variable set to all."""
+    expression = expression.replace("$__rate_interval", rate_interval).replace("$__range", "1h")
+    return re.sub(r"\$\{?\w+\}?", everything, expression)
+
+
 QUEUE = Variable("queue", "Queue", "label_values(celery_queue:success:target, queue)")
 TASK = Variable("task", "Task", "label_values(celery_task_started_total, task_name)")
 INSTANCE = Variable("instance", "Unit", 'label_values(up{job="celery-worker"}, instance)')
+
+
+_ENDED = (
+    "(sum by (queue) (rate(celery_task_success_total[$__rate_interval])) "
+    "+ on (queue) sum by (queue) (rate(celery_task_failure_total[$__rate_interval])))"
+)
 
 
 def _quantiles(family: str, matchers: str, by: str, legend: str) -> tuple[tuple[str, str], ...]:
@@ -61,6 +98,109 @@ def _quantiles(family: str, matchers: str, by: str, legend: str) -> tuple[tuple[
         for share, name in ((0.5, "p50"), (0.95, "p95"), (0.99, "p99"))
     )
 
+
+QUEUE_SUMMARY = Panel(
+    "Queues",
+    "Waiting: due and not taken. In: worked out from what ended and how the queue grew. Waits are those of the last "
+    "five minutes. Normal: the oldest is younger than the queue's target, and what comes in goes out.",
+    kind="summary",
+    by="queue",
+    width=24,
+    runbook="CeleryQueueOldestAge",
+    columns=(
+        Column("waiting", 'sum by (queue) (celery_queue_messages{state="ready"})'),
+        Column("delayed", 'sum by (queue) (celery_queue_messages{state="delayed"})'),
+        Column("held", 'sum by (queue) (celery_queue_messages{state="held"})'),
+        Column("oldest", "max by (queue) (celery_queue_oldest_ready_age_seconds)", "s", (60, 300)),
+        Column(
+            "in /s",
+            f"clamp_min({_ENDED} + on (queue) deriv(sum by (queue) (celery_queue_messages)[5m:15s]), 0)",
+            "ops",
+        ),
+        Column("out /s", _ENDED, "ops"),
+        Column(
+            "wait p95",
+            "histogram_quantile(0.95, sum by (queue, le) (rate(celery_task_queue_wait_seconds_bucket[5m])))",
+            "s",
+        ),
+        Column(
+            "success, 1 h",
+            "1 - celery_queue:task_failures:ratio_rate1h",
+            "percentunit",
+            (0.99, 0.9),
+            low=True,
+        ),
+        Column("workers", "sum by (queue) (celery_worker_ready)", bounds=(1, 1), low=True),
+    ),
+)
+UNIT_SUMMARY = Panel(
+    "Units",
+    "Up: Prometheus gets its metrics. Ready: it takes jobs. Running of possible: what its pool does. Normal: up and "
+    "ready, and a loop that moved within seconds.",
+    kind="summary",
+    by="instance",
+    width=24,
+    runbook="CeleryWorkerDown",
+    columns=(
+        Column("up", 'max by (instance) (up{job="celery-worker"})', bounds=(1, 1), low=True),
+        Column("ready", "max by (instance) (celery_worker_ready)", bounds=(1, 1), low=True),
+        Column("draining", "max by (instance) (celery_worker_draining)", bounds=(1, 2)),
+        Column("running", "sum by (instance) (celery_task_in_flight)"),
+        Column("possible", "max by (instance) (celery_worker_pool_size)"),
+        Column("in memory", "max by (instance) (celery_worker_prefetched)"),
+        Column(
+            "loop moved",
+            "time() - min by (instance) (celery_worker_loop_last_tick_timestamp_seconds)",
+            "s",
+            (30, 60),
+        ),
+    ),
+)
+DEAD_LETTER_SUMMARY = Panel(
+    "Dead letters",
+    "Jobs that failed for good, by class. Normal: few open, none older than a day, none arriving. "
+    "`skeldir dlq groups` says which.",
+    kind="summary",
+    by="failure_class",
+    width=8,
+    runbook="CeleryDlqArrivals",
+    columns=(
+        Column("open", "sum by (failure_class) (celery_dlq_open)", bounds=(1, 100)),
+        Column(
+            "new, last 10 min",
+            "round(sum by (failure_class) (increase(celery_dlq_arrivals_total[10m])))",
+            bounds=(1, 50),
+        ),
+        Column(
+            "new, last hour",
+            "round(sum by (failure_class) (increase(celery_dlq_arrivals_total[1h])))",
+            bounds=(1, 100),
+        ),
+    ),
+)
+POSTGRES_SUMMARY = Panel(
+    "Postgres",
+    "As the exporter sees it. Held by the dead: messages whose worker is gone; 0, or for seconds after a crash. An old "
+    "transaction keeps deleted rows in place, and the queue slows down.",
+    kind="summary",
+    by="instance",
+    width=16,
+    runbook="PostgresDown",
+    columns=(
+        Column("reached", "max by (instance) (skeldir_exporter_database_up)", bounds=(1, 1), low=True),
+        Column("connections", "sum by (instance) (celery_postgres_connections)"),
+        Column("of", "max by (instance) (celery_postgres_connections_limit)"),
+        Column(
+            "oldest transaction",
+            "max by (instance) (celery_postgres_oldest_transaction_age_seconds)",
+            "s",
+            (900, 3600),
+        ),
+        Column("held by the dead", "sum by (instance) (celery_broker_held_by_dead)", bounds=(1, 1)),
+        Column("dead rows", "sum by (instance) (celery_table_dead_tuples)", bounds=(1e5, 1e6)),
+        Column("size", "max by (instance) (celery_postgres_database_size_bytes)", "bytes"),
+    ),
+)
 
 ON_CALL = Page(
     uid="skeldir-oncall",
@@ -136,12 +276,14 @@ ON_CALL = Page(
                 Panel(
                     "What fires",
                     "Every alert that fires now. The file runbooks/<alertname>.md says what to do.",
-                    (('ALERTS{alertstate="firing"}', ""),),
+                    (('ALERTS{alertstate="firing", severity!="none"}', ""),),
                     kind="table",
                     width=24,
+                    may_be_empty="that nothing fires is good",
                 ),
             ),
         ),
+        ("The plane now", (QUEUE_SUMMARY, UNIT_SUMMARY, DEAD_LETTER_SUMMARY, POSTGRES_SUMMARY)),
         (
             "Is the work done?",
             (
