@@ -20,6 +20,18 @@ celery_app.conf.update(
     worker_prefetch_multiplier=int(os.environ["BENCH_PREFETCH"]),
     broker_connection_retry_on_startup=True,
 )
+if os.environ.get("BENCH_METERED"):
+    from app.core.topology import Topology
+    from app.observability import worker_monitoring
+
+    entry = {
+        **{"exchange": "bench", "routing_key": "bench", "tasks": ["bench.app.noop", "bench.app.hold"]},
+        **{"metrics_port": 9999, "concurrency": 2, "prefetch": 4, "delivery_limit": 3},
+        **{"soft_time_limit": 100, "time_limit": 110},
+        "retry": {"max_retries": 1, "backoff": 1, "backoff_max": 1},
+    }
+    sheet = Topology.model_validate({"queues": {"bench": entry}})
+    worker_monitoring.install(celery_app, lambda: sheet)
 if os.environ["BENCH_CONTENDER"] == "rabbitmq":
     # As safe as the others: a publisher knows that its message is stored.
     celery_app.conf.broker_transport_options = {"confirm_publish": True}

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,6 +50,10 @@ if sys.argv[1] == '0': insist(tasks.poison.delay)
 class Chaos:
     """Workers on one database, and the trouble they get into."""
 
+    application, queue = "tests.broker.app_for_tests", "jobs"
+    pools: Sequence[tuple[str, ...]] = POOLS
+    """What the workers are started with, in turns; so many of them run."""
+
     def __init__(self, dsn: str, seed: int, restart: Callable[[], object] | None) -> None:
         self.random = random.Random(seed)  # noqa: S311 - it must repeat, not surprise
         self.dsn = dsn
@@ -68,29 +72,24 @@ class Chaos:
 
     def start_worker(self) -> None:
         """One more worker, of the next kind of pool."""
-        pool = POOLS[self.started % len(POOLS)]
+        pool = self.pools[self.started % len(self.pools)]
         self.started += 1
+        command = [sys.executable, "-m", "celery", "-A", self.application, "worker", "-Q", self.queue]
         with (self.directory / f"worker{self.started}.log").open("wb") as log:
-            command = [
-                sys.executable,
-                "-m",
-                "celery",
-                "-A",
-                "tests.broker.app_for_tests",
-                "worker",
-                "-Q",
-                "jobs",
-            ]
             self.workers.append(
                 subprocess.Popen(
                     [*command, "-n", f"w{self.started}@chaos", "-l", "WARNING", *pool],
                     cwd=ROOT,
-                    env=self.environment,
+                    env=self.environment | self.of_worker(self.started),
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
                 )
             )
+
+    def of_worker(self, number: int) -> dict[str, str]:
+        """What only one worker's environment has."""
+        return {}
 
     def publish(self, first: int, last: int) -> subprocess.Popen[bytes]:
         """Publish jobs of all kinds in a process of its own."""
@@ -146,7 +145,7 @@ class Chaos:
     def mend(self) -> None:
         """Replace the dead, thaw the frozen."""
         self.workers = [worker for worker in self.workers if worker.poll() is None]
-        while len(self.workers) < len(POOLS):
+        while len(self.workers) < len(self.pools):
             self.start_worker()
         due = [entry for entry in self.frozen if entry[0] <= time.monotonic()]
         self.frozen = [entry for entry in self.frozen if entry not in due]

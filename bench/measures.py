@@ -15,7 +15,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from bench.records import records
-from tests.postgres import Database
+from tests.postgres import Database, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 TOO_LONG = 30.0
@@ -31,6 +31,8 @@ class Contender:
     results: str
     database: Database | None = None
     """Where its transactions can be counted."""
+    metered: bool = False
+    """Whether its workers are metered and watched, as those of the plane are."""
     slow: bool = False
     """Gets a tenth of the messages, so that the others don't have to wait for it."""
 
@@ -53,7 +55,12 @@ class Run:
             "BENCH_RESULTS": self.contender.results,
             "BENCH_PREFETCH": str(self.prefetch),
             "BENCH_LOG": str(self.log),
+            **(self._metered() if self.contender.metered else {}),
         }
+
+    def _metered(self) -> dict[str, str]:
+        url = self.contender.broker.removeprefix("sqla+")
+        return {"BENCH_METERED": "1", "DATABASE_URL": url, "CELERY_METRICS_PORT": str(free_port())}
 
     def client(self, command: str, *arguments: object) -> Any:
         """Run a command of `bench.client` to its end."""

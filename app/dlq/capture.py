@@ -45,7 +45,6 @@ class DeadLetters:
         self._knows = knows
         self._bind = bind
         self._answer = answer
-        self.written = 0
         self.errors_by_queue: Counter[str] = Counter()
         self.failing_since: float | None = None
 
@@ -87,7 +86,6 @@ class DeadLetters:
         )
         if self._answer and failure.failure_class == "poison":
             self._answer(cursor, message, failure)
-        self.written += 1
         logger.warning(
             "Message %(message)s of queue %(queue)s became dead letter %(row)s (%(class)s)",
             {"message": dead.id, "queue": dead.queue, "row": row, "class": failure.failure_class},

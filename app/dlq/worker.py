@@ -36,6 +36,12 @@ def give_up(message: Any, reason: str, detail: Any = None) -> None:
         message.ack = message.reject = lambda *_, **__: bury(tag, reason, detail)
 
 
+class _OutOfMemoryError(RuntimeError):
+    """A task's MemoryError; counted as what it is."""
+
+    exc_cls_name = "MemoryError"
+
+
 class DeadLetterRequest:
     """A request whose message is acknowledged only when it was done, or asked to be run again."""
 
@@ -55,7 +61,7 @@ class DeadLetterRequest:
         if isinstance(error, MemoryError):
             # Celery would end the whole worker for it, though it was one task that asked for too much.
             exc_info = copy(exc_info)
-            exc_info.exception = RuntimeError(f"MemoryError: {error}")
+            exc_info.exception = _OutOfMemoryError(f"MemoryError: {error}")
         super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc] # the one mixed with
 
     def on_timeout(self: Any, soft: bool, timeout: float) -> None:
@@ -147,8 +153,6 @@ class _Counters(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        written = CounterMetricFamily("celery_dead_letters_written", "Dead letters this worker wrote.")
-        written.add_metric([], self._dead_letters.written)
         errors = CounterMetricFamily(
             "celery_worker_dlq_capture_errors",
             "Attempts to write a dead letter that failed; its message stays held.",
@@ -160,7 +164,7 @@ class _Counters(Collector):
             counts[self._metrics.known(queue)] += number
         for queue, number in counts.items():
             errors.add_metric([queue], number)
-        yield from (written, errors)
+        yield errors
 
 
 def install(app: Celery, dead_letters: DeadLetters) -> None:

