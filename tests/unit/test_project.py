@@ -17,7 +17,7 @@ SHEET = load_topology()
 # Where a person reads about the shipped sheet, or a test needs the names that users know. Nothing of it makes
 # the plane run.
 SPEAKS_OF_THE_SHEET = re.compile(
-    r"^(tests|molecule|requirements|prometheus/tests)/|\.md$|^app/(topology|schedule)\.yml$|^app/tasks/"
+    r"^(tests|molecule|requirements|prometheus/tests)/|\.(md|svg)$|^app/(topology|schedule)\.yml$|^app/tasks/"
 )
 
 
