@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+import pytest
+
 from tests.beat.conftest import BOUND, Plan, Scheduler, now, until
 from tests.postgres import Database
 
@@ -38,6 +40,7 @@ def goes_on(plan: Plan) -> None:
     until(lambda: all(moment > since for moment in plan.last_due().values()), 2 * BOUND)
 
 
+@pytest.mark.timeout(100 + 15 * TAKE_OVERS)
 def test_whoever_is_killed_every_run_is_enqueued_once(
     database: Database, plan: Plan, scheduler: Start
 ) -> None:
