@@ -32,7 +32,7 @@ def until(true: Callable[[], object], seconds: float = 20.0) -> float:
     began = time.monotonic()
     while not true():
         assert time.monotonic() - began < seconds, "it didn't happen in time"
-        time.sleep(0.05)
+        time.sleep(0.02)
     return time.monotonic() - began
 
 
@@ -49,6 +49,8 @@ class Scheduler:
         **variables: str,
     ) -> None:
         self.port, self.log, self._inside = free_port(), log, inside
+        self.amid = schedule.with_suffix(f".{self.port}")
+        """A file that is there while a dawdling one has published and not committed."""
         words = (str(self.port), str(schedule), str(dawdle))
         with log.open("wb") as out:
             self.process = subprocess.Popen(

@@ -1,7 +1,8 @@
 """A scheduler to be killed: `python -m tests.beat.scheduler PORT SCHEDULE [SECONDS]`.
 
 It is the real one, with another schedule and port. With SECONDS it dawdles that long inside of each
-transaction, before and after it publishes. TAKES_ITSELF_FOR_ACTIVE lets it go on without the lock.
+transaction, before and after it publishes; a file beside SCHEDULE is there while it has published and not
+committed. TAKES_ITSELF_FOR_ACTIVE lets it go on without the lock.
 """
 
 import os
@@ -25,10 +26,14 @@ def _always(self: Scheduler, _session: object) -> bool:
 def main() -> None:
     port, schedule, dawdle = int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 
+    amid = schedule.with_suffix(f".{port}")
+
     def slowly(entry: Entry, due: datetime) -> str:
         time.sleep(dawdle)
         task_id = publish(entry, due)
+        amid.touch()
         time.sleep(dawdle)
+        amid.unlink()
         return task_id
 
     if "TAKES_ITSELF_FOR_ACTIVE" in os.environ:
