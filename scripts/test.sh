@@ -118,7 +118,7 @@ check unit "unit tests" suite unit tests/unit
 check watching "alerts fire and end, panels show something, runbooks run" python -m monitoring check
 # Each file on a Postgres of its own: they mostly wait.
 check real "on a real Postgres: sessions, workers, broker, dead letters" \
-  side_by_side tests/integration tests/broker tests/dlq tests/rules
+  side_by_side tests/integration tests/broker tests/beat tests/dlq tests/rules
 
 if [ -z "$FAST" ] && [ "$FAILED" -gt 0 ]; then
   say "Not run: the tests on lab hosts, because something above failed."

@@ -1,4 +1,4 @@
-"""The HTTP server of a worker, the exporter or a scheduler: `/health`, `/health/live`, `/health/ready` and `/metrics`."""
+"""The HTTP server of all that serves `/health`, `/health/live`, `/health/ready` and `/metrics`."""
 
 import contextlib
 import json
