@@ -22,12 +22,14 @@ from app.beat.listing import listing
 from app.beat.process import run as run_beat
 from app.beat.schedule import Entry, load_schedule, misfits
 from app.celery_app import celery_app, topology
-from app.core.config import EX_CONFIG, ConfigurationError
-from app.core.topology import Topology, TopologyError, load_topology
+from app.core.config import EX_CONFIG, ConfigurationError, get_settings
+from app.core.topology import Queue, Topology, TopologyError, load_topology
 from app.db.session import get_engine
 from app.dlq.command import dlq_cli
 from app.exporter.process import run as run_exporter
 from app.observability.context import correlation
+from app.observability.logging import configure_logging
+from app.observability.worker_monitoring import stand_by
 from app.tasks import housekeeping
 from app.tasks.discovery import disagreements, discover
 from app.top.command import TOP_PAGES, show_top
@@ -44,6 +46,9 @@ Overrides = Annotated[
     str | None, typer.Option(help='Numbers of an environment as JSON, such as {"llm": {"concurrency": 4}}.')
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+_MOST_PINGS = 16
+_LOOK_AGAIN = 5.0  # seconds until a worker that is busy is asked again whether it still is
 
 
 def main() -> None:
@@ -125,6 +130,10 @@ def worker(queue: Annotated[str, typer.Argument(help="The queue of the sheet to 
         raise ConfigurationError(f"There is no queue {queue} in app/topology.yml, which has {known}.")
     entry = topology().queues[queue]
     os.environ["CELERY_METRICS_PORT"] = str(entry.metrics_port)
+    if reason := get_settings().drained:
+        get_settings.cache_clear()  # the port was not known yet
+        configure_logging("INFO")
+        stand_by(topology(), queue, reason)
     # Resolved, so that the worker and its children keep to this release when `current` moves on to the next.
     python = Path(sys.prefix).resolve() / "bin" / "python"
     arguments = [str(python), "-m", "celery", "-A", "app.celery_app", "worker"]
@@ -194,6 +203,10 @@ def top(  # noqa: PLR0917 - typer makes options of arguments
 def ping(
     queue: Annotated[list[str] | None, typer.Option(help="Only this queue; may be repeated.")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for all answers.")] = 30,
+    on: Annotated[
+        str | None,
+        typer.Option(help="Only this worker's answer counts, such as llm@worker1: again until it answers."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Send a job through every queue and wait for its result."""
@@ -202,7 +215,12 @@ def ping(
         raise typer.BadParameter(f"there is no queue {', '.join(unknown)}; see `skeldir topology show`")
     with get_engine().connect() as connection:  # says at once when the database is away
         connection.execute(text("SELECT 1"))
-    rows = _ping(queue or list(topology().queues), timeout)
+    if on is None:
+        rows = _ping(queue or list(topology().queues), timeout)
+    elif queue and len(queue) == 1:
+        rows = [_ping_worker(topology().queues[queue[0]], on, timeout)]
+    else:
+        raise typer.BadParameter("--on goes with one --queue, the one that this worker serves")
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
@@ -225,6 +243,36 @@ def _ping(queues: list[str], timeout: float) -> list[dict[str, Any]]:
                 rows[name] = _row(name, result.result, time.monotonic() - started)
         time.sleep(0.1)
     return [rows.get(name) or _row(name, None, timeout) for name in queues]
+
+
+def _ping_worker(queue: Queue, worker: str, timeout: float) -> dict[str, Any]:
+    """Ping a queue until one of its workers took it, for longer while that one is busy with other jobs."""
+    started = time.monotonic()
+    until, busy_until = started + timeout, started + queue.time_limit + timeout
+    row = _row(queue.name, None, timeout)
+    burst = 1
+    while True:
+        # Ahead of what waits, and ever more at once, in case another worker is always faster.
+        with correlation():
+            sent = [housekeeping.ping.apply_async(queue=queue.name, priority=9) for _ in range(burst)]
+        burst = min(2 * burst, _MOST_PINGS)
+        while sent:
+            for result in [result for result in sent if result.ready()]:
+                sent.remove(result)
+                answered = _row(queue.name, result.result, time.monotonic() - started)
+                if answered["worker"] == worker or answered["worker"] is None:
+                    return answered
+                row = answered | {"result": f"no answer of {worker}"}
+            if time.monotonic() > until:
+                if not _is_busy(worker) or time.monotonic() > busy_until:
+                    return row
+                until = time.monotonic() + _LOOK_AGAIN
+            time.sleep(0.05)
+
+
+def _is_busy(worker: str) -> bool:
+    answer = celery_app.control.inspect([worker], timeout=2, limit=1).active()
+    return bool(answer and answer.get(worker))
 
 
 def _row(queue: str, answer: Any, seconds: float) -> dict[str, Any]:

@@ -221,6 +221,11 @@ class Beat(Collector):
         """Whether it enqueues, or would at once in another's place."""
         return self.age < _STALE
 
+    @property
+    def reason(self) -> str:
+        """Why it isn't ready."""
+        return f"it stands still, database {'ok' if self.probe.reachable else 'unreachable'}"
+
     def report(self) -> dict[str, Any]:
         """The detail."""
         return {

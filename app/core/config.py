@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     celery_metrics_port: int = Field(default=DEFAULT_METRICS_PORT, ge=1, le=65535)
     celery_metrics_addr: str = "127.0.0.1"
     skeldir_queue_overrides: dict[str, dict[str, Any]] = {}
+    skeldir_drained: Path | None = None
     skeldir_connection_budget: int | None = Field(default=None, ge=1)
 
     @field_validator("database_url")
@@ -63,6 +64,19 @@ class Settings(BaseSettings):
         given = self.celery_result_backend or self.database_url
         url = given.get_secret_value()
         return dsn.result_backend_url(url) if dsn.is_postgres(url) else url
+
+    @property
+    def drained(self) -> str:
+        """Why an operator wants no work done here, from the file SKELDIR_DRAINED; empty without that file.
+
+        Raises:
+            OSError: the file is there and can't be read.
+        """
+        try:
+            reason = self.skeldir_drained.read_text().strip() if self.skeldir_drained else ""
+        except FileNotFoundError:
+            return ""
+        return reason or ("no reason was given" if self.skeldir_drained else "")
 
     @property
     def topology(self) -> Topology:

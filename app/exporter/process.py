@@ -160,6 +160,11 @@ class Exporter(Collector):
         now = time.monotonic()
         return all(part.succeeded and now < part.holds_until for part in self.parts)
 
+    @property
+    def reason(self) -> str:
+        """Why it isn't ready."""
+        return f"no numbers of {', '.join(part.collector.name for part in self.parts if not part.succeeded)}"
+
     def report(self) -> dict[str, Any]:
         """The detail."""
         return {

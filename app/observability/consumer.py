@@ -4,13 +4,16 @@ The tick comes from the loop that takes messages, never from a timer beside it: 
 timers have a thread of their own, and go on ticking while the loop stands still.
 """
 
+import logging
 from typing import Any, ClassVar
 
 from celery.concurrency.solo import TaskPool as SoloPool
-from celery.worker import loops
+from celery.worker import loops, state
 from celery.worker.consumer import Consumer
 
 from app.observability.health import Health
+
+logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 1.0
 
@@ -71,5 +74,12 @@ class WatchedConsumer(Consumer):
 
     def stop(self) -> None:
         """Take nothing more; also called when an operator stops the worker by remote control."""
+        running = len(state.active_requests)
+        # Reserved are those that run, too, until they end.
+        fetched = max(0, len(state.reserved_requests) - running)
+        logger.info(
+            "Draining: %(running)d running jobs go on to their end, %(fetched)d fetched ones are handed back",
+            {"running": running, "fetched": fetched},
+        )
         self.health.draining = True
         super().stop()

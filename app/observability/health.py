@@ -5,8 +5,8 @@ moved for `Pulse.bound` seconds although the database answers. The loop is not e
 worker drains (its stop timeout bounds that), while a task runs inside of it (`solo`; that task's hard limit
 bounds it), nor while the database is away: a restart would mend none of these.
 
-`/health/ready` (`Health.ready`): jobs are being taken. No while starting, connecting or draining, when no
-queue is consumed, when the loop has stalled, and when the database is away.
+`/health/ready` (`Health.ready`): jobs are being taken. No while starting, connecting, draining or drained,
+when no queue is consumed, when the loop has stalled, and when the database is away.
 
 `/health` (`Health.report`): the same as a detail for people; `unhealthy` exactly when not ready.
 """
@@ -133,13 +133,15 @@ class Health:
         self.probe = probe
         self.consumer: Consuming | None = None
         self.draining = False
+        self.drained = ""
+        """Why an operator wants nothing taken here; empty when jobs are taken."""
         self.dead_letters: Callable[[], str] = lambda: "ok"
         """Whether failures can be put away: `ok`, or what is wrong."""
 
     @property
     def live(self) -> bool:
         """Whether the worker moves, or stands still for a good reason."""
-        if self.draining or not self.probe.reachable:
+        if self.draining or self.drained or not self.probe.reachable:
             return True
         # Back from an outage, the loop gets the whole time again.
         return time.monotonic() - max(self.pulse.last, self.probe.away_at) < self.pulse.bound
@@ -157,6 +159,8 @@ class Health:
     @property
     def broker(self) -> str:
         """`ok` when the consumer's connection is there and it consumes; otherwise what it does instead."""
+        if self.drained:
+            return "drained"
         if self.draining:
             return "draining"
         if self.consumer is None:
@@ -179,6 +183,13 @@ class Health:
         """Whether jobs are taken and can be done."""
         return self.broker == "ok" and self.database == "ok"
 
+    @property
+    def reason(self) -> str:
+        """Why it isn't ready."""
+        if self.drained:
+            return f"drained: {self.drained}"
+        return f"broker {self.broker}, database {self.database}"
+
     def report(self) -> dict[str, Any]:
         """The detail that `/health` shows."""
         broker, database, dead_letters = self.broker, self.database, self.dead_letters()
@@ -189,6 +200,7 @@ class Health:
             "database": database,
             "dead_letters": dead_letters,
             "queues": self.queues,
+            "drained": self.drained or None,
             "worker": self.consumer.hostname if self.consumer else None,
             "live": self.live,
             "loop_age_seconds": round(age, 1),

@@ -30,6 +30,10 @@ class Answers(Protocol):
     def ready(self) -> bool:
         """Whether it does its work."""
 
+    @property
+    def reason(self) -> str:
+        """Why it isn't ready, for people; asked for only then."""
+
     def report(self) -> dict[str, Any]:
         """The detail; healthy when its `status` is `ok`."""
 
@@ -73,7 +77,9 @@ class _Handler(BaseHTTPRequestHandler):
             case "/health/live":
                 return _status(health.live), _TEXT, b"live\n" if health.live else b"stalled\n"
             case "/health/ready":
-                return _status(health.ready), _TEXT, b"ready\n" if health.ready else b"not ready\n"
+                ready = health.ready
+                said = "ready" if ready else f"not ready: {health.reason}"
+                return _status(ready), _TEXT, f"{said}\n".encode()
             case "/metrics":
                 return HTTPStatus.OK, CONTENT_TYPE, exposition(self.server.registry)
             case _:

@@ -41,7 +41,11 @@ class Vitals(Collector):
             "pool_size", "Tasks its pool can run at the same time; 0 while it starts.", _pool_size(health)
         )
         yield self._gauge("ready", "1 while jobs are taken and can be done.", health.ready)
-        yield self._gauge("draining", "1 from when it was told to stop.", health.draining)
+        yield self._gauge(
+            "draining",
+            "1 from when it was told to stop, and while an operator keeps it drained.",
+            bool(health.draining or health.drained),
+        )
         yield self._gauge(
             "loop_last_tick_timestamp_seconds",
             "When the consumer's loop last moved; now while a task may hold it.",

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from celery import Celery, signals
 from celery.worker import state
@@ -56,21 +56,45 @@ def install(app: Celery, sheet: Callable[[], Topology], loop_bound: float = LOOP
 
 
 def _watch(app: Celery, conf: Any, options: dict[str, Any], sheet: Topology, loop_bound: float) -> None:
-    settings = get_settings()
-    metrics = TaskMetrics(sheet)
-    metrics.begin_at_zero(_queues(options, sheet))
-    probe = DatabaseProbe(sqlalchemy_url(settings.database_url.get_secret_value()))
-    health = Health(Pulse(loop_bound), probe)
-    metrics.registry.register(Vitals(health, metrics.queues))
-    server = _listen(settings, health, metrics)
+    health, metrics, server = _prepare(sheet, _queues(options, sheet), loop_bound)
 
     # In the worker's main process, before the pool exists.
     app.Task.Request = type("Request", (MeteredRequest,), {"metrics": metrics, "pulse": health.pulse})
     conf.worker_consumer = type("Consumer", (WatchedConsumer,), {"health": health})
 
     server.start()
-    probe.start()
+    health.probe.start()
     _keep_systemd_informed(health)
+
+
+def stand_by(sheet: Topology, queue: str, reason: str) -> NoReturn:
+    """Be the worker of a drained queue: take nothing, and say so, until the process is ended.
+
+    A unit's process, so that a drained unit is one that runs and answers, also after a reboot.
+
+    Args:
+        sheet: for the series that begin at 0.
+        queue: of the sheet.
+        reason: why it is drained, for `/health/ready`.
+    """
+    health, _, server = _prepare(sheet, [queue], LOOP_BOUND)
+    health.drained = reason
+    health.probe.start()
+    notify("READY=1", _status(health))
+    _tell_systemd_status(health)
+    logger.info("Drained (%(reason)s): nothing is taken", {"reason": reason})
+    server.serve_forever()
+    sys.exit()
+
+
+def _prepare(sheet: Topology, queues: list[str], loop_bound: float) -> tuple[Health, TaskMetrics, Server]:
+    settings = get_settings()
+    metrics = TaskMetrics(sheet)
+    metrics.begin_at_zero(queues)
+    probe = DatabaseProbe(sqlalchemy_url(settings.database_url.get_secret_value()))
+    health = Health(Pulse(loop_bound), probe)
+    metrics.registry.register(Vitals(health, metrics.queues))
+    return health, metrics, _listen(settings, health, metrics)
 
 
 def _queues(options: dict[str, Any], sheet: Topology) -> list[str]:
@@ -104,6 +128,10 @@ def _keep_systemd_informed(health: Health) -> None:
             health.draining = True
             notify("STOPPING=1", _status(health))
 
+    _tell_systemd_status(health)
+
+
+def _tell_systemd_status(health: Health) -> None:
     def run() -> None:
         asked = watchdog_seconds()
         # Twice as often as systemd asks for, and at least as often as the status is worth looking at.
@@ -122,4 +150,6 @@ def _status(health: Health) -> str:
     running = len(state.active_requests)
     if health.ready:
         return f"STATUS=consuming {', '.join(health.queues)}; {running} running"
+    if health.drained:
+        return f"STATUS=drained: {health.drained.splitlines()[0]}"
     return f"STATUS=broker {health.broker}, database {health.database}; {running} running"

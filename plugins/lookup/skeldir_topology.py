@@ -25,6 +25,11 @@ options:
     description: Numbers by queue name.
     type: dict
     default: {}
+  only:
+    description: Names of the queues to return; empty for all.
+    type: list
+    elements: str
+    default: []
   problems:
     description: Return what is wrong with sheet, overrides and schedule, a sentence each, instead of a part.
     type: bool
@@ -73,4 +78,6 @@ class LookupModule(LookupBase):  # type: ignore[misc]
         if self.get_option("problems"):
             return []
         sheet = topology.model_dump(mode="json")
+        if only := self.get_option("only"):
+            sheet["queues"] = {name: entry for name, entry in sheet["queues"].items() if name in only}
         return [sheet[part] for part in terms or ["queues"]]

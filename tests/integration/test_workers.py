@@ -4,8 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 import yaml
@@ -112,6 +116,76 @@ def test_a_queue_without_a_worker_is_told_apart(database: Database, logs: Path) 
         done = _ping(database.dsn(), "--queue", "housekeeping", "--queue", "llm", "--timeout", "4")
     assert done.returncode == 1
     assert [row["result"] for row in json.loads(done.stdout)] == ["ok", "no answer"]
+
+
+def test_a_ping_of_one_worker_counts_its_answer_alone(database: Database, logs: Path) -> None:
+    (logs / "other").mkdir()
+    queue = ("--queue", "housekeeping")
+    with (
+        ready_worker(database.dsn(), "housekeeping", logs),
+        ready_worker(database.dsn(), "housekeeping", logs / "other", "--hostname", "housekeeping@other"),
+    ):
+        for worker in ("housekeeping@test", "housekeeping@other"):
+            done = _ping(database.dsn(), *queue, "--on", worker)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert json.loads(done.stdout)[0]["worker"] == worker
+        done = _ping(database.dsn(), *queue, "--on", "housekeeping@nowhere", "--timeout", "2")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)[0]["result"] == "no answer of housekeeping@nowhere"
+
+
+def test_a_ping_of_one_worker_has_patience_while_it_is_busy(database: Database, logs: Path) -> None:
+    with ready_worker(database.dsn(), "maintenance", logs), database.connect("postgres") as session:
+        session.autocommit = False
+        cursor = session.cursor()
+        cursor.execute("LOCK TABLE events")  # the refresh waits for it
+        publish(database.dsn(), "answer = maintenance.refresh_all_materialized_views.delay().id")
+        arguments = ("--queue", "maintenance", "--on", "maintenance@test", "--timeout", "1")
+        with ThreadPoolExecutor() as pool:
+            ping = pool.submit(_ping, database.dsn(), *arguments)
+            time.sleep(6)
+            assert not ping.done()
+            session.rollback()
+            assert ping.result().returncode == 0, ping.result().stdout
+
+
+def test_a_drained_worker_answers_and_takes_nothing(database: Database, logs: Path) -> None:
+    port = free_port()
+    code = (
+        "from app.celery_app import topology\n"
+        "from app.observability.worker_monitoring import stand_by\n"
+        "stand_by(topology(), 'llm', 'new kernel')"
+    )
+    env = environment(database.dsn(), CELERY_METRICS_PORT=str(port))
+
+    def get(path: str) -> tuple[int, str]:
+        try:
+            with urlopen(f"http://127.0.0.1:{port}{path}", timeout=2) as answer:
+                return answer.status, answer.read().decode()
+        except HTTPError as error:
+            return error.code, error.read().decode()
+
+    publish(database.dsn(), "answer = housekeeping.ping.apply_async(queue='llm').id")
+    with started([sys.executable, "-c", code], logs / "drained", env):
+        deadline = time.monotonic() + 20
+        while 'celery_worker_database_connected{queue="llm"} 1.0' not in _body(get, "/metrics"):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert get("/health/ready") == (503, "not ready: drained: new kernel\n")
+        assert get("/health/live")[0] == 200
+        assert json.loads(get("/health")[1])["drained"] == "new kernel"
+        metrics = get("/metrics")[1]
+        assert 'celery_worker_draining{queue="llm"} 1.0' in metrics
+        assert 'celery_worker_ready{queue="llm"} 0.0' in metrics
+        assert 'queue="llm"' in metrics.partition("celery_task_started_total")[2]
+    assert database.rows("SELECT count(*) FROM kombu_message WHERE holder IS NULL") == [(1,)]
+
+
+def _body(get: Callable[[str], tuple[int, str]], path: str) -> str:
+    try:
+        return get(path)[1]
+    except OSError:  # it doesn't listen as yet
+        return ""
 
 
 def test_maintenance_works_for_one_tenant_alone(database: Database, logs: Path) -> None:

@@ -21,6 +21,7 @@ def health(
     loop_age: float = 0.0,
     reachable: bool = True,
     draining: bool = False,
+    drained: str = "",
 ) -> Health:
     """Health of a worker that is well, but for what is said."""
     pulse = Pulse(BOUND)
@@ -28,6 +29,7 @@ def health(
     probe: Any = SimpleNamespace(reachable=reachable, away_at=-math.inf)
     found = Health(pulse, probe)
     found.draining = draining
+    found.drained = drained
     names = ["llm"] if queues is None else queues
     found.consumer = SimpleNamespace(
         hostname="llm@host",
@@ -47,6 +49,7 @@ def health(
         ({"online": False}, True, False, "connecting"),
         ({"queues": []}, True, False, "no queue is consumed"),
         ({"draining": True}, True, False, "draining"),
+        ({"drained": "new kernel", "loop_age": BOUND + 1}, True, False, "drained"),
         ({"loop_age": BOUND + 1}, False, False, "stalled"),
         ({"loop_age": BOUND - 5}, True, True, "ok"),
         # A restart would mend none of these.

@@ -85,6 +85,16 @@ class TestRefused:
         port = next(iter(SHEET.queues.values())).metrics_port
         refused(with_variables(skeldir_database_port=port), str(port))
 
+    def test_a_queue_that_no_host_serves(self) -> None:
+        first, *others = SHEET.queues
+        refused(with_variables(skeldir_queues=[first]), *others)
+
+    def test_a_host_that_serves_a_queue_that_does_not_exist(self) -> None:
+        refused(with_variables(skeldir_queues=[*SHEET.queues, "nosuch"]), "worker1", "nosuch")
+
+    def test_more_connections_than_the_server_has(self) -> None:
+        refused(with_variables(postgres_max_connections=20), "connections", "worker host")
+
     def test_an_unreachable_index_of_python_packages(self, tree: Path) -> None:
         nowhere = {
             "PIP_CONFIG_FILE": "/dev/null",
