@@ -145,6 +145,31 @@ start_engine() {
   fail "the Docker engine did not answer within 30 seconds; see .lab/dockerd.log or journalctl -u docker"
 }
 
+# prepare_compose: Docker's own `compose` where it answers, else the one of Debian 13, kept in .lab/ for the tests.
+prepare_compose() {
+  docker compose version >/dev/null 2>&1 && return 0
+  export SKELDIR_COMPOSE=$STATE/compose/docker-compose
+  [ -x "$SKELDIR_COMPOSE" ] || stage compose-program "fetching docker compose from Debian's packages" fetch_compose
+}
+
+# A package root of its own, so that the machine's sources stay as they are; APT checks signatures all the same.
+fetch_compose() {
+  local root=$STATE/compose apt
+  apt=(apt-get -qq -o "Dir=$root" -o "Dir::State::status=$root/status" -o "APT::Architecture=$(dpkg --print-architecture)"
+    -o Acquire::Languages=none -o Acquire::Retries=3 -o APT::Sandbox::User=root)
+  rm -rf "$root"
+  mkdir -p "$root"/etc/apt/{apt.conf.d,preferences.d,sources.list.d} "$root"/var/{lib/apt/lists,cache/apt/archives}/partial
+  : >"$root/status"
+  echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main" \
+    >"$root/etc/apt/sources.list"
+  retry "${apt[@]}" update
+  cd "$root"
+  retry "${apt[@]}" download docker-compose
+  dpkg --extract docker-compose_*.deb package
+  ln package/usr/libexec/docker/cli-plugins/docker-compose docker-compose
+  ./docker-compose version
+}
+
 stop_engine() {
   local pid _
   [ ! -e "$STATE/docker.service" ] || as_root systemctl stop docker.service docker.socket

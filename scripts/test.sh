@@ -128,6 +128,10 @@ elif [ -z "$FAST" ]; then
     check first "the README's first command, twice" first_command
     mapfile -t SCENARIOS < <(cd molecule && printf '%s\n' */molecule.yml | cut -d/ -f1)
   fi
+  if [ ${#COUNTING[@]} = 0 ] || [[ " ${SCENARIOS[*]} " == *" compose "* ]]; then
+    prepare_compose
+    check compose "compose.yaml: serves every queue, is hardened, comes back" suite compose tests/compose
+  fi
   for name in "${SCENARIOS[@]}"; do
     check "molecule-$name" "Molecule scenario $name" molecule test --scenario-name "$name"
   done

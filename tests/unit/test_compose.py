@@ -1,0 +1,33 @@
+"""What of compose.yaml is made agrees with what it is made from, and what is written by hand keeps its promises."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+
+
+def test_generated_parts_are_what_the_sheet_and_the_roles_give() -> None:
+    playbook = ["ansible-playbook", "--inventory=inventory/single", "playbooks/compose.yml", "--check", "--diff"]
+    done = subprocess.run(playbook, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert re.search(r"changed=0 .*failed=0 ", done.stdout), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_images_are_variables_and_foreign_ones_have_a_digest(service: str) -> None:
+    image = re.fullmatch(r"\$\{([A-Z_]+_IMAGE):-(.+)\}", SERVICES[service]["image"])
+    assert image, SERVICES[service]["image"]
+    if not image[1].startswith("SKELDIR_"):
+        assert re.fullmatch(r"docker\.io/[a-z/]+:[\w.-]+@sha256:[0-9a-f]{64}", image[2])
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_no_secret_comes_by_environment(service: str) -> None:
+    given = SERVICES[service].get("environment", {})
+    assert not [name for name in given if re.search(r"PASSWORD|_URL|SECRET|TOKEN", name) and not name.endswith("_FILE")]
