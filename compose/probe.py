@@ -1,8 +1,8 @@
 """The health check of a container: healthy while `/health` says so, ended when `/health/live` says no.
 
-Docker only notes that a container is unhealthy and restarts it when it ends, so what systemd's watchdog does on
-a host is done here: a worker whose loop stands still, or that answers nobody, is killed. Its jobs run elsewhere
-then.
+Docker only notes that a container is unhealthy, and restarts it when it ends. So what systemd's watchdog does
+on a host is done here: a worker whose loop stands still, or that answers nobody, is killed. Its jobs run
+elsewhere then.
 """
 
 import os

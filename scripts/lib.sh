@@ -154,16 +154,18 @@ prepare_compose() {
 
 # A package root of its own, so that the machine's sources stay as they are; APT checks signatures all the same.
 fetch_compose() {
-  local root=$STATE/compose apt
+  local root=$STATE/compose mirror apt
+  # shellcheck disable=SC2016 # APT's own variable
+  mirror=$(apt-get indextargets --format '$(REPO_URI)' | grep --max-count 1 '/debian/$' || echo http://deb.debian.org/debian/)
   apt=(apt-get -qq -o "Dir=$root" -o "Dir::State::status=$root/status" -o "APT::Architecture=$(dpkg --print-architecture)"
     -o Acquire::Languages=none -o Acquire::Retries=3 -o APT::Sandbox::User=root)
   rm -rf "$root"
   mkdir -p "$root"/etc/apt/{apt.conf.d,preferences.d,sources.list.d} "$root"/var/{lib/apt/lists,cache/apt/archives}/partial
   : >"$root/status"
-  echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main" \
+  echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror trixie main" \
     >"$root/etc/apt/sources.list"
   retry "${apt[@]}" update
-  cd "$root"
+  cd "$root" || return
   retry "${apt[@]}" download docker-compose
   dpkg --extract docker-compose_*.deb package
   ln package/usr/libexec/docker/cli-plugins/docker-compose docker-compose

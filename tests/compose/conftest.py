@@ -86,7 +86,7 @@ def build_stand_ins() -> None:
 
 
 def lend_the_build(folder: Path, override: Path) -> None:
-    """Where this machine's packages come from: its pip's configuration and its certificates, for the build alone."""
+    """Lend the build what this machine's pip is configured with, and its certificates."""
     listed = out("python", "-m", "pip", "config", "list")
     given = dict(line.split("=", 1) for line in listed.splitlines())
     pip = ConfigParser(interpolation=None)

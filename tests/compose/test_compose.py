@@ -27,7 +27,7 @@ SECRETS = {
     "database": {"postgres_password", "app_owner_url", "app_user_url", "app_rw_url", "app_ro_url"},
     "exporter": {"database_url"},
     "migrate": {"database_url"},
-    **dict.fromkeys(WORKERS, {"database_url"}),
+    **{worker: {"database_url"} for worker in WORKERS},
 }
 
 
@@ -57,7 +57,9 @@ def test_prometheus_watches_all_of_it(plane: Compose) -> None:
     wait_until(lambda: set(health().values()) == {"up"}, 45, "every target is up")
     for queue in SHEET.queues.values():
         assert f"worker-{queue.name}:{queue.metrics_port}" in health()
-    rules = {rule["name"] for group in get(f"{address}/api/v1/rules")["data"]["groups"] for rule in group["rules"]}
+    rules = {
+        rule["name"] for group in get(f"{address}/api/v1/rules")["data"]["groups"] for rule in group["rules"]
+    }
     assert {"CeleryQueueNoConsumer", "celery_queue:metrics_port:info"} <= rules
     managers = get(f"{address}/api/v1/alertmanagers")["data"]["activeAlertmanagers"]
     assert [manager["url"] for manager in managers] == ["http://alertmanager:9093/api/v2/alerts"]
@@ -123,7 +125,9 @@ def processes(plane: Compose, service: str) -> dict[int, dict[str, str]]:
 def test_is_given_its_own_secrets_and_none_is_shown(plane: Compose, service: str) -> None:
     container = plane.inspect(service)
     mounted = {
-        mount["Destination"] for mount in container["Mounts"] if mount["Destination"].startswith("/run/secrets/")
+        mount["Destination"]
+        for mount in container["Mounts"]
+        if mount["Destination"].startswith("/run/secrets/")
     }
     assert mounted == {f"/run/secrets/{name}" for name in SECRETS.get(service, set())}
     passwords = [
@@ -146,7 +150,7 @@ def test_limits_follow_the_sheet(plane: Compose, queue: Any) -> None:
 
 
 def kill_main_process(plane: Compose, service: str) -> None:
-    """SIGKILL from the machine: `docker kill` would count as somebody's wish, and nothing would be restarted."""
+    """SIGKILL from the machine: `docker kill` counts as somebody's wish, and nothing is restarted."""
     os.kill(plane.inspect(service)["State"]["Pid"], signal.SIGKILL)
 
 
@@ -168,14 +172,18 @@ def test_comes_back_when_killed_or_frozen(plane: Compose) -> None:
         else:
             kill_main_process(plane, service)
         took[service] = wait_until(
-            lambda name=service: plane.inspect(name)["State"]["StartedAt"] != before[name]  # type: ignore[misc]
-            and plane.health(name) == "healthy",
+            lambda name=service: (
+                plane.inspect(name)["State"]["StartedAt"] != before[name]  # type: ignore[misc]
+                and plane.health(name) == "healthy"
+            ),
             45,
             f"{service} is healthy again",
         )
     wait_until(
-        lambda: plane.inspect(frozen)["State"]["StartedAt"] != before[frozen]
-        and plane.health(frozen) == "healthy",
+        lambda: (
+            plane.inspect(frozen)["State"]["StartedAt"] != before[frozen]
+            and plane.health(frozen) == "healthy"
+        ),
         120,
         f"{frozen} was ended and is healthy again",
     )
@@ -187,7 +195,16 @@ def test_comes_back_when_killed_or_frozen(plane: Compose) -> None:
 def test_nothing_is_lost_when_postgres_restarts(plane: Compose) -> None:
     ledger = (Path(__file__).parent / "ledger.py").read_text()
     command = [*os.environ.get("SKELDIR_COMPOSE", "docker compose").split(), "--project-name", PROJECT]
-    command += ["--file", "compose.yaml", "--file", str(plane.override), "run", "--rm", "--no-TTY", "--no-deps"]
+    command += [
+        "--file",
+        "compose.yaml",
+        "--file",
+        str(plane.override),
+        "run",
+        "--rm",
+        "--no-TTY",
+        "--no-deps",
+    ]
     command += ["--entrypoint", "python", "skeldir", "-c", ledger, "20"]
     with subprocess.Popen(command, cwd=ROOT, env=plane.env, stdout=subprocess.PIPE, text=True) as sender:
         try:

@@ -1,4 +1,4 @@
-"""What of compose.yaml is made agrees with what it is made from, and what is written by hand keeps its promises."""
+"""compose.yaml: what is made agrees with the sheet; what is written by hand keeps its promises."""
 
 import re
 import subprocess
@@ -14,7 +14,13 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 
 
 def test_generated_parts_are_what_the_sheet_and_the_roles_give() -> None:
-    playbook = ["ansible-playbook", "--inventory=inventory/single", "playbooks/compose.yml", "--check", "--diff"]
+    playbook = [
+        "ansible-playbook",
+        "--inventory=inventory/single",
+        "playbooks/compose.yml",
+        "--check",
+        "--diff",
+    ]
     done = subprocess.run(playbook, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert re.search(r"changed=0 .*failed=0 ", done.stdout), done.stdout + done.stderr
 
@@ -30,4 +36,8 @@ def test_images_are_variables_and_foreign_ones_have_a_digest(service: str) -> No
 @pytest.mark.parametrize("service", SERVICES)
 def test_no_secret_comes_by_environment(service: str) -> None:
     given = SERVICES[service].get("environment", {})
-    assert not [name for name in given if re.search(r"PASSWORD|_URL|SECRET|TOKEN", name) and not name.endswith("_FILE")]
+    assert not [
+        name
+        for name in given
+        if re.search(r"PASSWORD|_URL|SECRET|TOKEN", name) and not name.endswith("_FILE")
+    ]

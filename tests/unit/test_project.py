@@ -17,8 +17,10 @@ SHEET = load_topology()
 # Where a person reads about the shipped sheet, or a test needs the names that users know. Nothing of it makes
 # the plane run.
 SPEAKS_OF_THE_SHEET = re.compile(
-    r"^(tests|molecule|requirements|prometheus/tests)/|\.(md|svg)$|^app/(topology|schedule)\.yml$|^app/tasks/"
+    r"^(tests|molecule|requirements|prometheus/tests|compose/generated)/|\.(md|svg)$"
+    r"|^app/(topology|schedule)\.yml$|^app/tasks/"
 )
+MADE_FROM_THE_SHEET = re.compile(r"^# BEGIN made from.*^# END made from", re.MULTILINE | re.DOTALL)
 
 
 def project_files() -> list[Path]:
@@ -30,6 +32,10 @@ def project_files() -> list[Path]:
         check=True,
     )
     return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def written_by_hand(path: Path) -> str:
+    return MADE_FROM_THE_SHEET.sub("", path.read_text(errors="ignore"))
 
 
 def options_of(role: Path) -> dict[str, Any]:
@@ -80,7 +86,7 @@ def test_only_the_sheet_knows_a_queues_port_and_tasks(queue: Queue) -> None:
     for path in project_files():
         name = path.relative_to(ROOT).as_posix()
         if not SPEAKS_OF_THE_SHEET.search(name):
-            found = facts.search(path.read_text(errors="ignore"))
+            found = facts.search(written_by_hand(path))
             assert not found, f"{name} repeats {found.group() if found else ''} of app/topology.yml"
 
 
@@ -91,7 +97,7 @@ def test_only_the_sheet_knows_the_ports_of_exporter_and_scheduler() -> None:
     for path in project_files():
         name = path.relative_to(ROOT).as_posix()
         if not SPEAKS_OF_THE_SHEET.search(name):
-            assert not port.search(path.read_text(errors="ignore")), name
+            assert not port.search(written_by_hand(path)), name
 
 
 def test_the_readme_shows_the_sheet() -> None:
