@@ -20,12 +20,13 @@ pytestmark = pytest.mark.timeout(900)
 
 SHEET = load_topology()
 WORKERS = [f"worker-{queue}" for queue in SHEET.queues]
-RUNNING = ["postgres", *WORKERS, "exporter", "prometheus", "alertmanager"]
+RUNNING = ["postgres", *WORKERS, "exporter", "beat", "prometheus", "alertmanager"]
 ONCE = ["database", "migrate"]
 SECRETS = {
     "postgres": {"postgres_password"},
     "database": {"postgres_password", "app_owner_url", "app_user_url", "app_rw_url", "app_ro_url"},
     "exporter": {"database_url"},
+    "beat": {"database_url"},
     "migrate": {"database_url"},
     **{worker: {"database_url"} for worker in WORKERS},
 }
