@@ -12,7 +12,7 @@ import time
 from http.client import HTTPConnection
 from pathlib import Path
 
-SILENCE = 60
+SILENCE = 45
 """Seconds without any answer after which the process counts as frozen."""
 
 SILENT_SINCE = Path("/tmp/silent-since")  # noqa: S108 - the container's own

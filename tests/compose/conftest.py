@@ -52,10 +52,12 @@ class Compose:
             "ALERTMANAGER_PORT": "0",
         }
 
-    def __call__(self, *arguments: str, timeout: float = 60) -> str:
+    def command(self, *arguments: str) -> list[str]:
         program = os.environ.get("SKELDIR_COMPOSE", "docker compose").split()
-        files = ("--file", "compose.yaml", "--file", str(self.override))
-        return out(*program, "--project-name", PROJECT, *files, *arguments, timeout=timeout, env=self.env)
+        return [*program, "-p", PROJECT, "-f", "compose.yaml", "-f", str(self.override), *arguments]
+
+    def __call__(self, *arguments: str, timeout: float = 60) -> str:
+        return out(*self.command(*arguments), timeout=timeout, env=self.env)
 
     def skeldir(self, *arguments: str) -> str:
         return self("run", "--rm", "--no-TTY", "--no-deps", "skeldir", *arguments)
