@@ -27,7 +27,7 @@ BOUND = 15.0
 """Seconds within which another scheduler must have taken over."""
 
 
-def until(true: Callable[[], object], seconds: float = 20.0) -> float:
+def until(true: Callable[[], object], seconds: float = 40.0) -> float:
     """Wait until something holds; returns how long that took."""
     began = time.monotonic()
     while not true():
