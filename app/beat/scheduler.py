@@ -171,13 +171,29 @@ class Beat(Collector):
 
     def _make_up(self, session: Connection, entry: Entry, last_due: datetime, now: datetime) -> None:
         runs, one_for_all = entry.missed(last_due, now)
+        begun = last_due
+        for due in runs:
+            if not self._enqueue(session, entry, last_due, due):
+                return
+            last_due = due
+            self._next[entry.name] = entry.next_after(due)
+            self._enqueued.labels(entry.name).inc()
+            self._lateness.observe(max(0.0, (now - due).total_seconds()))
+        if one_for_all:
+            self._gaps.labels(entry.name).inc()
+            logger.warning(
+                "No scheduler was there from %s to %s: %s runs once for all that it missed.",
+                *(begun.isoformat(), now.isoformat(), entry.name),
+            )
+
+    def _enqueue(self, session: Connection, entry: Entry, last_due: datetime, due: datetime) -> bool:
+        """Publish a run and note it, or neither; answers whether this was done, and by this scheduler."""
+        known = {"name": entry.name, "rhythm": entry.rhythm, "last_due": last_due}
         try:
             with Session(session) as transaction, in_transaction(transaction):
-                for due in runs:
-                    task_id = self._publish(entry, due)
-                advance = {"name": entry.name, "rhythm": entry.rhythm, "last_due": last_due}
-                if not transaction.scalar(_ADVANCE, advance | {"due": due, "task_id": task_id}):
-                    return  # another one did; what was published here goes with the transaction
+                task_id = self._publish(entry, due)
+                if not transaction.scalar(_ADVANCE, known | {"due": due, "task_id": task_id}):
+                    return False  # another one did; what was published here goes with the transaction
                 transaction.commit()
         except Exception as error:
             if isinstance(error, DBAPIError) and error.connection_invalidated:
@@ -186,18 +202,9 @@ class Beat(Collector):
             if entry.name not in self._failing:
                 logger.exception("A run of %s could not be enqueued; it is tried again.", entry.name)
             self._failing.add(entry.name)
-            return
+            return False
         self._failing.discard(entry.name)
-        self._next[entry.name] = entry.next_after(due)
-        self._enqueued.labels(entry.name).inc(len(runs))
-        for due in runs:
-            self._lateness.observe(max(0.0, (now - due).total_seconds()))
-        if one_for_all:
-            self._gaps.labels(entry.name).inc()
-            logger.warning(
-                "No scheduler was there from %s to %s: %s runs once for all that it missed.",
-                *(last_due.isoformat(), now.isoformat(), entry.name),
-            )
+        return True
 
     # What the server's /health says
 

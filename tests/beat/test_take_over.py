@@ -31,7 +31,7 @@ def goes_on(plan: Plan) -> None:
 @pytest.mark.timeout(100 + 15 * TAKE_OVERS)
 def test_whoever_is_killed_every_run_is_enqueued_once(plan: Plan, scheduler: Start) -> None:
     begun = plan.last_due()
-    schedulers = [scheduler(dawdle=0.1), scheduler(dawdle=0.1)]
+    schedulers = [scheduler(dawdle=0.05), scheduler(dawdle=0.05)]
     waits, amid = [], 0
     for number in range(TAKE_OVERS):
         until(lambda: len(active(schedulers)) == 1 and all(one.role for one in schedulers))
@@ -42,7 +42,7 @@ def test_whoever_is_killed_every_run_is_enqueued_once(plan: Plan, scheduler: Sta
         first.kill()
         amid += first.amid.exists()
         schedulers.remove(first)
-        schedulers.append(scheduler(dawdle=0.1))
+        schedulers.append(scheduler(dawdle=0.05))
         waits.append(until(lambda: active(schedulers), BOUND))
     goes_on(plan)
     for one in active(schedulers):
