@@ -4,16 +4,24 @@ import argparse
 import json
 import sys
 
+import yaml
+
 from app.core.topology import TopologyError, load_topology
-from monitoring import check, dashboards
-from monitoring.sheet import sheet_rules
+from monitoring import check, dashboards, deployed
 
 
-def _sheet(arguments: argparse.Namespace) -> int:
+def _rules(arguments: argparse.Namespace) -> int:
     try:
-        print(sheet_rules(load_topology(overrides=json.loads(arguments.overrides))), end="")
+        sheet = load_topology(overrides=json.loads(arguments.overrides))
     except TopologyError as error:
         sys.exit(str(error))
+    found = deployed.rules(sheet, arguments.time_scale, arguments.runbook_url, arguments.dashboard_url)
+    print(yaml.safe_dump(found, sort_keys=False, width=1000), end="")
+    return 0
+
+
+def _routes(arguments: argparse.Namespace) -> int:
+    print(yaml.safe_dump(deployed.routes(arguments.time_scale), sort_keys=False), end="")
     return 0
 
 
@@ -41,9 +49,15 @@ def main() -> int:
     """Run one command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m monitoring", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("sheet", help="print the rule file with the sheet's numbers")
+    command = commands.add_parser("rules", help="print an environment's rule file")
     command.add_argument("--overrides", default="{}", help="the inventory's skeldir_queue_overrides, as JSON")
-    command.set_defaults(run=_sheet)
+    command.add_argument("--time-scale", type=float, default=1, help="divides every duration, for drills")
+    command.add_argument("--runbook-url", default="https://runbooks.example")
+    command.add_argument("--dashboard-url", default="https://grafana.example")
+    command.set_defaults(run=_rules)
+    command = commands.add_parser("routes", help="print Alertmanager's routes")
+    command.add_argument("--time-scale", type=float, default=1, help="divides every duration, for drills")
+    command.set_defaults(run=_routes)
     command = commands.add_parser("dashboards", help="write grafana/dashboards/")
     command.add_argument("--check", action="store_true", help="write nothing; fail when something is stale")
     command.set_defaults(run=_dashboards)

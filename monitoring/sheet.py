@@ -12,7 +12,7 @@ import yaml
 
 from app.core.topology import Queue, Topology
 
-HEADER = "# Made by `python -m monitoring sheet` from app/topology.yml and overrides: don't edit.\n"
+HEADER = "# Made by `python -m monitoring rules` from app/topology.yml and overrides: don't edit.\n"
 
 
 def sheet_rules(sheet: Topology) -> str:

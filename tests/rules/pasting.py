@@ -13,6 +13,8 @@ from tests.rules.runbooks import HOSTS, alert_pages, front_matter
 from tests.runbooks import Reader, Run, read_page
 
 QUEUE = "llm"
+ANSWERS = {"QUEUE": QUEUE, "PID": "0", "ROLE": "nobody"}
+"""What is true on a plane that is well."""
 # The lab has no monitoring host of its own.
 PLACES = {"worker": "worker1", "database": "db1", "exporter": "worker1", "monitoring": "worker1"}
 assert set(PLACES) == set(HOSTS)
@@ -27,7 +29,7 @@ def work_through(path: Path, worker: Host, database: Host) -> None:
     """Paste a page's blocks, section by section."""
     reader = Reader(read_page(path), _pasted_on(lab_host(PLACES[front_matter(path)["host"]])))
     before = _state(worker, database)
-    reader.paste("Diagnosis", QUEUE=QUEUE)
+    reader.paste("Diagnosis", **ANSWERS)
     assert _state(worker, database) == before, "a look changed something"
     reader.paste("Mitigation")
     wait_until(lambda: all(worker.service(unit(queue)).is_running for queue in _queues(before)), 60)

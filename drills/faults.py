@@ -1,0 +1,352 @@
+"""The drills: how each alert's fault is made on the real plane, and how it is undone.
+
+Every script is for root in bash. An `undo` may run twice, and when nothing was made: it also runs by itself
+on the plane's host should the drill vanish. What it leaves is said in docs/monitoring.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from app.core.topology import load_topology
+
+SHEET = load_topology()
+PING, REFRESH, MODEL = (
+    next(task for task in SHEET.queue_by_task if task.endswith(f".{name}"))
+    for name in ("ping", "refresh_all_materialized_views", "route")
+)
+PINGS, REFRESHES, MODELS = (SHEET.queue_by_task[task].name for task in (PING, REFRESH, MODEL))
+QUEUES = frozenset({PINGS, REFRESHES, MODELS})
+Answer = str | Callable[[str], str]
+
+_PSQL = "runuser -u postgres -- psql -XAtq skeldir"
+_PYTHON = 'CREDENTIALS_DIRECTORY=/etc/skeldir/operator "$SKELDIR_HOME"/current/venv/bin/python'
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is broken on a host of a place, or with `workers` on each host of them."""
+
+    place: str
+    make: str
+    undo: str = "true"
+
+
+@dataclass(frozen=True)
+class Drill:
+    """One alert's drill.
+
+    Attributes:
+        what: the fault, in a few words.
+        labels: what tells this alert from the same one of something else.
+        faults: made in order, undone in the reverse one.
+        breaks: what nobody else can use meanwhile; a drill that breaks or needs it waits.
+        needs: what must be whole meanwhile.
+        outside: the page can't mend the cause (a bad release, a service that is away); that is done for it
+            after its Mitigation and before its Verify recovered.
+        answers: to what the page's blocks ask.
+    """
+
+    what: str
+    faults: tuple[Fault, ...]
+    labels: dict[str, str] = field(default_factory=dict)
+    breaks: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()
+    outside: bool = False
+    answers: dict[str, Answer] = field(default_factory=dict)
+
+
+def _unit(queue: str) -> str:
+    return f"skeldir-worker@{queue}.service"
+
+
+def _given_up(unit: str) -> str:
+    """Kill a unit as often as systemd starts it, until it starts it no more."""
+    return f"""
+for _ in $(seq 200); do
+  [ "$(systemctl show -P ActiveState {unit})" != failed ] || exit 0
+  systemctl kill --signal=KILL --kill-whom=all {unit} 2>/dev/null || true
+  systemctl start --no-block {unit} 2>/dev/null || true
+  sleep 0.1
+done
+echo "{unit} is still started" && exit 1
+"""
+
+
+def _started(unit: str) -> str:
+    return f"systemctl reset-failed {unit} 2>/dev/null; systemctl start {unit}"
+
+
+def _publish(code: str) -> str:
+    return f"{_PYTHON} - <<'CODE'\nfrom app.celery_app import celery_app as app\n{code}\nCODE\n"
+
+
+def _failing(task: str, number: int) -> Fault:
+    """Jobs with an argument that their task doesn't have, and their dead letters given up afterwards."""
+    queue = SHEET.queue_by_task[task].name
+    mine = f"--queue {queue} --task {task} --class permanent --since 1h"
+    return Fault(
+        "worker",
+        f"""
+set -e
+before=$(skeldir dlq list {mine} --limit 10000 --json | grep -c '"id"' || true)
+{_publish(f"for _ in range({number}): app.send_task({task!r}, kwargs=dict(of_a_drill=1))")}
+for _ in $(seq 60); do
+  found=$(skeldir dlq list {mine} --limit 10000 --json | grep -c '"id"' || true)
+  [ $((found - before)) -lt {number} ] || exit 0
+  sleep 1
+done
+echo "only $((found - before)) of {number} jobs failed" && exit 1
+""",
+        f'skeldir dlq ignore {mine} --state pending --reason "of a drill" >/dev/null || true',
+    )
+
+
+def _background(name: str, command: str) -> str:
+    """A process of systemd's that the next script of this name ends; it ends itself after 20 minutes."""
+    words = f"--quiet --collect --unit=skeldir-drill-{name} --property=RuntimeMaxSec=1200 --setenv=PGAPPNAME=skeldir-drill"
+    return f"systemd-run {words} {command}"
+
+
+def _over(name: str) -> str:
+    return f"systemctl stop skeldir-drill-{name}.service 2>/dev/null || true\n"
+
+
+_POSTGRES_STARTED = "pg_lsclusters --no-header | while read -r version name _; do systemctl start postgresql@$version-$name; done"
+
+_LOCKED = Fault(
+    "database",
+    f"""
+set -e
+{_background("lock", f'''{_PSQL} -c "LOCK TABLE events; SELECT pg_sleep(1200)"''')}
+for _ in $(seq 50); do
+  held=$({_PSQL} -c "SELECT count(*) FROM pg_locks WHERE relation = 'events'::regclass AND mode = 'AccessExclusiveLock' AND granted")
+  [ "$held" = 0 ] || exit 0
+  sleep 0.2
+done
+echo "the table events can't be locked" && exit 1
+""",
+    _over("lock")
+    + f"""{_PSQL} -c "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid)
+      WHERE relation = 'events'::regclass AND application_name = 'skeldir-drill'" >/dev/null""",
+)
+
+_POISON = Fault(
+    "worker",
+    # The job waits for the lock, so its process can be killed in the middle of it.
+    f"""
+set -e
+port={SHEET.queues[REFRESHES].metrics_port}
+{_publish(f"app.send_task({REFRESH!r})")}
+for kill in 1 2 3; do
+  for _ in $(seq 300); do
+    running=$(curl -sf 127.0.0.1:$port/metrics | awk '/^celery_task_in_flight[{{]/ {{ sum += $NF }} END {{ print sum + 0 }}')
+    [ "$running" = 0 ] || break
+    sleep 0.1
+  done
+  [ "$running" != 0 ] || {{ echo "the job did not run for the time $kill"; exit 1; }}
+  pkill --signal KILL --parent "$(systemctl show -P MainPID {_unit(REFRESHES)})"
+  sleep 2.5 # Prometheus should see each
+done
+""",
+    f'skeldir dlq ignore --queue {REFRESHES} --task {REFRESH} --class poison --since 1h --state pending --reason "of a drill" '
+    ">/dev/null || true",
+)
+
+_BACKLOG = Fault(
+    "worker",
+    # Jobs that were due an hour ago, in a queue that was taken from all its workers by mistake.
+    _publish(
+        f"""
+import time
+from datetime import datetime, timedelta, timezone
+said = app.control.cancel_consumer({PINGS!r}, reply=True, timeout=5)
+assert said, "no worker heard it"
+time.sleep(1)
+due = datetime.now(timezone.utc) - timedelta(hours=1)
+for _ in range(50):
+    app.send_task({PING!r}, eta=due)
+"""
+    ),
+    _publish(f"app.control.add_consumer({PINGS!r}, reply=True, timeout=2)"),
+)
+
+_SNAPSHOT = Fault(
+    "database",
+    f"""
+set -e
+cat >/run/skeldir-drill-transactions.sql <<'SQL'
+SET synchronous_commit = off;
+DO $$ BEGIN FOR i IN 1..5100000 LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$;
+SQL
+chmod 644 /run/skeldir-drill-transactions.sql
+{_background("snapshot", f'''bash -c "(echo 'BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM kombu_queue;'; exec sleep 1200) | {_PSQL}"''')}
+{_background("transactions", f"{_PSQL} -f /run/skeldir-drill-transactions.sql")}
+""",
+    _over("snapshot")
+    + _over("transactions")
+    + f"""rm -f /run/skeldir-drill-transactions.sql
+{_PSQL} -c "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+  WHERE application_name = 'skeldir-drill' AND query LIKE '%pg_current_xact_id%' AND pid <> pg_backend_pid()" >/dev/null""",
+)
+
+_GUESTS = Fault(
+    "database",
+    f"""
+set -e
+echo '\\sleep 1200 s' >/run/skeldir-drill-guests.sql
+chmod 644 /run/skeldir-drill-guests.sql
+free=$({_PSQL} -c "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
+  - coalesce(current_setting('reserved_connections', true), '0')::int - count(*) + 1 FROM pg_stat_activity WHERE backend_type = 'client backend'")
+{_background("guests", 'runuser -u postgres -- pgbench -n -c "$free" -T 1200 -f /run/skeldir-drill-guests.sql skeldir')}
+""",
+    _over("guests") + "rm -f /run/skeldir-drill-guests.sql",
+)
+
+_JOURNAL = "/var/log/journal/$(cat /etc/machine-id)"
+_FULL = Fault(
+    "database",
+    # A small file system over the journal's folder, full of old journals.
+    f"""
+set -e
+journal={_JOURNAL} image=/var/tmp/skeldir-drill.img
+mkdir -p "$journal"
+journalctl --rotate && journalctl --flush
+sample=$(mktemp)
+cp "$(find "$journal" -name '*@*.journal' | head -n 1)" "$sample"
+truncate --size=256M $image
+mkfs.ext4 -q -m 0 -F $image
+[ -e /dev/loop-control ] || mknod /dev/loop-control c 10 237
+device=$(losetup --find)
+[ -e "$device" ] || mknod "$device" b 7 "${{device#/dev/loop}}"
+losetup "$device" $image
+mount "$device" "$journal"
+for number in $(seq 10000 99999); do
+  [ "$(df --output=pcent "$journal" | tail -n 1 | tr -d ' %')" -lt 95 ] || break
+  cp "$sample" "$journal/system@$(printf '%032x' 1)-00000000000$number-0005f0000000$(printf '%04x' $((number - 10000))).journal" || break
+done
+rm "$sample"
+""",
+    f"""
+journal={_JOURNAL} image=/var/tmp/skeldir-drill.img
+device=$(losetup --noheadings --output NAME --associated $image 2>/dev/null)
+[ -z "$device" ] || {{ umount --lazy "$device"; losetup --detach "$device"; }}
+rm -f $image
+""",
+)
+
+
+def _first_column(said: str) -> str:
+    return said.partition("|")[0].strip()
+
+
+DRILLS: dict[str, Drill] = {
+    "PostgresDown": Drill(
+        "Postgres is stopped",
+        (Fault("database", "systemctl stop 'postgresql@*.service'", _POSTGRES_STARTED),),
+        breaks=QUEUES | {"postgres"},
+    ),
+    "CeleryPlaneDown": Drill(
+        "all units are stopped",
+        (
+            Fault(
+                "workers", "systemctl stop skeldir-workers.target", "systemctl start skeldir-workers.target"
+            ),
+        ),
+        breaks=QUEUES,
+        needs=frozenset({"postgres"}),
+    ),
+    "CeleryQueueNoConsumer": Drill(
+        "a unit is killed until systemd gives it up",
+        (Fault("workers", _given_up(_unit(MODELS)), _started(_unit(MODELS))),),
+        {"queue": MODELS},
+        breaks=frozenset({MODELS}),
+        needs=frozenset({"postgres"}),
+        answers={"QUEUE": MODELS},
+    ),
+    "CeleryWorkerDown": Drill(
+        "a unit's consumer is frozen (SIGSTOP)",
+        (
+            Fault(
+                "worker",
+                # The watchdog would end it before Prometheus' patience is over.
+                f"systemctl service-watchdogs no && systemctl kill --signal=STOP --kill-whom=main {_unit(MODELS)}",
+                f"systemctl kill --signal=CONT --kill-whom=main {_unit(MODELS)} 2>/dev/null;"
+                f" systemctl service-watchdogs yes; {_started(_unit(MODELS))}",
+            ),
+        ),
+        {"queue": MODELS},
+        breaks=frozenset({MODELS}),
+        needs=frozenset({"postgres"}),
+        answers={"QUEUE": MODELS},
+    ),
+    "SkeldirExporterDown": Drill(
+        "the exporter is killed until systemd gives it up",
+        (Fault("exporter", _given_up("skeldir-exporter.service"), _started("skeldir-exporter.service")),),
+        breaks=frozenset({"exporter"}),
+    ),
+    "CeleryQueueOldestAge": Drill(
+        "a backlog: jobs due for an hour, and workers that don't consume",
+        (_BACKLOG,),
+        {"queue": PINGS, "severity": "critical"},
+        breaks=frozenset({PINGS}),
+        needs=frozenset({"postgres", "exporter"}),
+        answers={"QUEUE": PINGS},
+    ),
+    "CeleryTaskWorkerLost": Drill(
+        "a poison job: its process is killed at each delivery",
+        (_LOCKED, _POISON),
+        {"queue": REFRESHES, "task_name": REFRESH},
+        breaks=frozenset({REFRESHES}),
+        needs=frozenset({"postgres"}),
+        outside=True,
+        answers={"QUEUE": REFRESHES},
+    ),
+    "CeleryDlqBurst": Drill(
+        "eighty jobs fail for good",
+        (_failing(PING, 80),),
+        {"queue": PINGS},
+        breaks=frozenset({PINGS}),
+        needs=frozenset({"postgres", "exporter"}),
+        outside=True,
+        answers={"QUEUE": PINGS},
+    ),
+    "CeleryDlqArrivals": Drill(
+        "one job fails for good",
+        (_failing(REFRESH, 1),),
+        {"queue": REFRESHES, "failure_class": "permanent"},
+        breaks=frozenset({REFRESHES}),
+        needs=frozenset({"postgres", "exporter"}),
+        outside=True,
+    ),
+    "PostgresConnectionsHigh": Drill(
+        "guests take every connection that is left",
+        (_GUESTS,),
+        {"severity": "critical"},
+        breaks=QUEUES | {"connections"},
+        needs=frozenset({"postgres", "exporter"}),
+        answers={"ROLE": _first_column},
+    ),
+    "PostgresXminHeld": Drill(
+        "a forgotten transaction, five million transactions ago",
+        (_SNAPSHOT,),
+        needs=frozenset({"postgres", "exporter"}),
+        answers={"PID": _first_column},
+    ),
+    "HostDiskFilling": Drill(
+        "a file system full of old journals",
+        (_FULL,),
+        {"severity": "critical"},
+        needs=frozenset({"postgres"}),
+    ),
+    "TargetDown": Drill(
+        "a node exporter is stopped",
+        (
+            Fault(
+                "monitoring",
+                "systemctl stop prometheus-node-exporter.service",
+                "systemctl start prometheus-node-exporter.service",
+            ),
+        ),
+        {"job": "node"},
+    ),
+}
