@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from drills.faults import DRILLS
+from drills.faults import DRILLS, UNDRILLED
 from drills.plane import Refused, plane_of
 from drills.run import Outcome, Run
 from drills.watch import Watch
@@ -30,7 +30,13 @@ def table(rows: list[tuple[str, ...]]) -> str:
 def _listed() -> str:
     alerts = [page.stem for page in alert_pages()]
     return table(
-        [("alert", "drill"), *((alert, DRILLS[alert].what if alert in DRILLS else "-") for alert in alerts)]
+        [
+            ("alert", "drill"),
+            *(
+                (alert, DRILLS[alert].what if alert in DRILLS else f"- ({UNDRILLED[alert]})")
+                for alert in alerts
+            ),
+        ]
     )
 
 

@@ -350,3 +350,23 @@ DRILLS: dict[str, Drill] = {
         {"job": "node"},
     ),
 }
+
+_TIME = "only time mends it: a window of hours, or an age of a day"
+UNDRILLED = {
+    "Watchdog": "every drill begins with its arrival",
+    "AlertmanagerNotificationsFailing": "nobody would be told of it",
+    "PrometheusRuleFailing": "a rule that fails is a mistake in prometheus/rules/, which CI refuses",
+    "CeleryWorkerLoopStalled": "no fault from outside stops the loop alone",
+    "SkeldirExporterCollectorFailing": "the causes are a missing grant or an old schema; a deployment mends them",
+    "CeleryMessagesHeldByDead": "any living worker gives them back: it takes a mistake in the broker",
+    "CeleryDlqCaptureErrors": "the cause is a missing grant; a deployment mends it",
+    "CeleryTaskTimeouts": _TIME,
+    "CeleryRetryStorm": "no task of the plane retries without its other side being away",
+    "CelerySuccessBudgetBurn": _TIME,
+    "CeleryWaitBudgetBurn": _TIME,
+    "CeleryDlqOld": _TIME,
+    "CeleryDlqReplayStuck": _TIME,
+    "PostgresOldTransaction": "a quarter of an hour must pass",
+    "PostgresVacuumBehind": _TIME,
+}
+"""Alerts without a drill, and why; tests/rules/record.py records their troubles, and rules and pages are tested."""
