@@ -202,6 +202,31 @@ free=$({_PSQL} -c "SELECT current_setting('max_connections')::int - current_sett
     _over("guests") + "rm -f /run/skeldir-drill-guests.sql",
 )
 
+# The consumer's loop is the main thread; ptrace stops that one alone, and the port still answers. Should it hold
+# the interpreter's lock just then, nothing would: then it is let go and stopped again.
+_STALLED = f"""
+set -e
+systemctl service-watchdogs no
+cat >/run/skeldir-drill-stall.py <<'CODE'
+import ctypes, sys, time
+from urllib.request import urlopen
+process, port = map(int, sys.argv[1:])
+trace = ctypes.CDLL(None, use_errno=True).ptrace
+SEIZE, INTERRUPT, DETACH = 0x4206, 0x4207, 17
+for _ in range(20):
+    if trace(SEIZE, process, None, None) or trace(INTERRUPT, process, None, None):
+        sys.exit("process %d can't be traced: error %d" % (process, ctypes.get_errno()))
+    try:
+        urlopen("http://127.0.0.1:%d/metrics" % port, timeout=3).read()
+        break
+    except OSError:
+        trace(DETACH, process, None, None)
+        time.sleep(0.1)
+time.sleep(1200)
+CODE
+{_background("stall", f'/usr/bin/python3 /run/skeldir-drill-stall.py "$(systemctl show -P MainPID {_unit(MODELS)})" {SHEET.queues[MODELS].metrics_port}')}
+"""
+
 _JOURNAL = "/var/log/journal/$(cat /etc/machine-id)"
 _FULL = Fault(
     "database",
@@ -272,6 +297,20 @@ DRILLS: dict[str, Drill] = {
                 f"systemctl service-watchdogs no && systemctl kill --signal=STOP --kill-whom=main {_unit(MODELS)}",
                 f"systemctl kill --signal=CONT --kill-whom=main {_unit(MODELS)} 2>/dev/null;"
                 f" systemctl service-watchdogs yes; {_started(_unit(MODELS))}",
+            ),
+        ),
+        {"queue": MODELS},
+        breaks=frozenset({MODELS}),
+        needs=frozenset({"postgres"}),
+        answers={"QUEUE": MODELS},
+    ),
+    "CeleryWorkerLoopStalled": Drill(
+        "a consumer's loop is stopped, and only that (ptrace)",
+        (
+            Fault(
+                "worker",
+                _STALLED,
+                _over("stall") + f"systemctl service-watchdogs yes; {_started(_unit(MODELS))}",
             ),
         ),
         {"queue": MODELS},
@@ -356,7 +395,6 @@ UNDRILLED = {
     "Watchdog": "every drill begins with its arrival",
     "AlertmanagerNotificationsFailing": "nobody would be told of it",
     "PrometheusRuleFailing": "a rule that fails is a mistake in prometheus/rules/, which CI refuses",
-    "CeleryWorkerLoopStalled": "no fault from outside stops the loop alone",
     "SkeldirExporterCollectorFailing": "the causes are a missing grant or an old schema; a deployment mends them",
     "CeleryMessagesHeldByDead": "any living worker gives them back: it takes a mistake in the broker",
     "CeleryDlqCaptureErrors": "the cause is a missing grant; a deployment mends it",
