@@ -111,7 +111,9 @@ def _over(name: str) -> str:
     return f"systemctl stop skeldir-drill-{name}.service 2>/dev/null || true\n"
 
 
-_POSTGRES_STARTED = "pg_lsclusters --no-header | while read -r version name _; do systemctl start postgresql@$version-$name; done"
+_POSTGRES_STARTED = """
+pg_lsclusters --no-header | while read -r version name _; do systemctl start "postgresql@$version-$name.service"; done
+"""
 
 _LOCKED = Fault(
     "database",
@@ -251,10 +253,10 @@ for number in $(seq 10000 99999); do
 done
 rm "$sample"
 """,
-    f"""
-journal={_JOURNAL} image=/var/tmp/skeldir-drill.img
+    """
+image=/var/tmp/skeldir-drill.img
 device=$(losetup --noheadings --output NAME --associated $image 2>/dev/null)
-[ -z "$device" ] || {{ umount --lazy "$device"; losetup --detach "$device"; }}
+[ -z "$device" ] || { umount --lazy "$device"; losetup --detach "$device"; }
 rm -f $image
 """,
 )

@@ -37,6 +37,15 @@ def test_a_drill_answers_what_its_page_asks(alert: str) -> None:
     assert asked == DRILLS[alert].answers.keys()
 
 
+@pytest.mark.parametrize("alert", DRILLS)
+def test_a_drills_scripts_are_sound(alert: str) -> None:
+    for fault in DRILLS[alert].faults:
+        for script in (fault.make, fault.undo):
+            command = ["shellcheck", "--shell=bash", "-"]
+            done = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout
+
+
 def test_drills_that_would_disturb_each_other_do_not_run_together() -> None:
     for one, other in combinations(DRILLS.values(), 2):
         assert in_the_way(one, other) == in_the_way(other, one)
