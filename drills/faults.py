@@ -210,7 +210,7 @@ _STALLED = f"""
 set -e
 systemctl service-watchdogs no
 cat >/run/skeldir-drill-stall.py <<'CODE'
-import ctypes, sys, time
+import ctypes, os, sys, time
 from urllib.request import urlopen
 process, port = map(int, sys.argv[1:])
 trace = ctypes.CDLL(None, use_errno=True).ptrace
@@ -224,7 +224,9 @@ for _ in range(20):
     except OSError:
         trace(DETACH, process, None, None)
         time.sleep(0.1)
-time.sleep(1200)
+# Who traces a process hears of its end first, and must let it go.
+while os.WIFSTOPPED(os.waitpid(process, 0x40000000)[1]):
+    pass
 CODE
 {_background("stall", f'/usr/bin/python3 /run/skeldir-drill-stall.py "$(systemctl show -P MainPID {_unit(MODELS)})" {SHEET.queues[MODELS].metrics_port}')}
 """
@@ -240,7 +242,7 @@ mkdir -p "$journal"
 journalctl --rotate && journalctl --flush
 sample=$(mktemp)
 cp "$(find "$journal" -name '*@*.journal' | head -n 1)" "$sample"
-truncate --size=256M $image
+truncate --size=300M $image
 mkfs.ext4 -q -m 0 -F $image
 [ -e /dev/loop-control ] || mknod /dev/loop-control c 10 237
 device=$(losetup --find)
