@@ -107,7 +107,13 @@ def plane_of(inventory: Path) -> Plane:
 def _hostvars(inventory: Path) -> dict[str, dict[str, Any]]:
     wanted = {f"ansible_{name}": f"ansible_{name} | default('')" for name in _CONNECTION} | _OWN
     message = ", ".join(f"'{name}': {expression}" for name, expression in wanted.items())
-    command = ["ansible", "all", f"--inventory={inventory}", "--module-name=ansible.builtin.debug"]
+    # Not `all`: Ansible takes whatever lies in an inventory's folder for names of hosts.
+    command = [
+        "ansible",
+        ":".join(sorted(set(PLACES.values()))),
+        f"--inventory={inventory}",
+        "--module-name=ansible.builtin.debug",
+    ]
     done = subprocess.run(
         [
             Path(sys.executable).with_name(command[0]),
