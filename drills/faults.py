@@ -400,6 +400,8 @@ UNDRILLED = {
     "AlertmanagerNotificationsFailing": "nobody would be told of it",
     "PrometheusRuleFailing": "a rule that fails is a mistake in prometheus/rules/, which CI refuses",
     "SkeldirExporterCollectorFailing": "the causes are a missing grant or an old schema; a deployment mends them",
+    "SkeldirBeatDown": "none yet: its page is pasted where all is well",
+    "SkeldirBeatOverdue": _TIME,
     "CeleryMessagesHeldByDead": "any living worker gives them back: it takes a mistake in the broker",
     "CeleryDlqCaptureErrors": "the cause is a missing grant; a deployment mends it",
     "CeleryTaskTimeouts": _TIME,
