@@ -138,16 +138,20 @@ _POISON = Fault(
     f"""
 set -e
 port={SHEET.queues[REFRESHES].metrics_port}
+number() {{ curl -sf 127.0.0.1:$port/metrics | awk -v name="$1" 'index($0, name "{{") == 1 {{ sum += $NF }} END {{ print sum + 0 }}'; }}
+lost=$(number celery_task_worker_lost_total)
 {_publish(f"app.send_task({REFRESH!r})")}
-for kill in 1 2 3; do
-  for _ in $(seq 300); do
-    running=$(curl -sf 127.0.0.1:$port/metrics | awk '/^celery_task_in_flight[{{]/ {{ sum += $NF }} END {{ print sum + 0 }}')
-    [ "$running" = 0 ] || break
-    sleep 0.1
+for killed in 1 2 3; do
+  for _ in $(seq 150); do
+    [ "$(number celery_task_in_flight)" = 0 ] || break
+    sleep 0.2
   done
-  [ "$running" != 0 ] || {{ echo "the job did not run for the time $kill"; exit 1; }}
   pkill --signal KILL --parent "$(systemctl show -P MainPID {_unit(REFRESHES)})"
-  sleep 2.5 # Prometheus should see each
+  for _ in $(seq 150); do
+    [ "$(number celery_task_worker_lost_total)" -lt $((lost + killed)) ] || continue 2
+    sleep 0.2
+  done
+  echo "the job's process was not lost for the time $killed" && exit 1
 done
 """,
     f'skeldir dlq ignore --queue {REFRESHES} --task {REFRESH} --class poison --since 1h --state pending --reason "of a drill" '
@@ -156,20 +160,24 @@ done
 
 _BACKLOG = Fault(
     "worker",
-    # Jobs that were due an hour ago, in a queue that was taken from all its workers by mistake.
+    # Jobs in a queue that was taken from all its workers by mistake.
     _publish(
         f"""
 import time
-from datetime import datetime, timedelta, timezone
 said = app.control.cancel_consumer({PINGS!r}, reply=True, timeout=5)
 assert said, "no worker heard it"
 time.sleep(1)
-due = datetime.now(timezone.utc) - timedelta(hours=1)
 for _ in range(50):
-    app.send_task({PING!r}, eta=due)
+    app.send_task({PING!r})
 """
     ),
     _publish(f"app.control.add_consumer({PINGS!r}, reply=True, timeout=2)"),
+)
+
+_AGED = Fault(
+    "database",
+    f"""{_PSQL} -c "UPDATE kombu_message SET \\"timestamp\\" = \\"timestamp\\" - interval '1 hour'
+  WHERE queue_id = (SELECT id FROM kombu_queue WHERE name = '{PINGS}')" """,
 )
 
 _SNAPSHOT = Fault(
@@ -328,8 +336,8 @@ DRILLS: dict[str, Drill] = {
         breaks=frozenset({"exporter"}),
     ),
     "CeleryQueueOldestAge": Drill(
-        "a backlog: jobs due for an hour, and workers that don't consume",
-        (_BACKLOG,),
+        "a backlog: jobs that wait for an hour, made older than they are, and workers that don't consume",
+        (_BACKLOG, _AGED),
         {"queue": PINGS, "severity": "critical"},
         breaks=frozenset({PINGS}),
         needs=frozenset({"postgres", "exporter"}),
