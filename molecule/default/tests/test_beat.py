@@ -86,5 +86,5 @@ def test_a_frozen_one_loses_the_lock_and_is_ended_by_its_watchdog(worker: Host) 
     before = worker.check_output(f"systemctl show --value --property=InvocationID {UNIT}")
     worker.check_output(f"systemctl kill --kill-whom=main --signal=STOP {UNIT}")
     assert wait_until(lambda: role(worker, STANDBY) == "active", 20) < 15
-    wait_until(lambda: role(worker) == "standby", 60)
+    wait_until(lambda: role(worker) == "standby", 90)
     assert worker.check_output(f"systemctl show --value --property=InvocationID {UNIT}") != before
