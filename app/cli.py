@@ -165,14 +165,15 @@ def schedule(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("entry", "task", "when (UTC)", "last run was due", "enqueued", "next run")
+    table = Table("entry", "task", "when (UTC)", "last run", "late by", "next run")
     for row in rows:
-        times = (row["last_due"], row["enqueued_at"], row["next_due"])
-        table.add_row(row["entry"], row["task"], row["when"], *(_minute(time) for time in times))
+        late = "-" if row["late_seconds"] is None else f"{row['late_seconds']:.1f} s"
+        last, following = (_second(row[name]) for name in ("last_due", "next_due"))
+        table.add_row(row["entry"], row["task"], row["when"], last, late, following)
     _print(table)
 
 
-def _minute(moment: str | None) -> str:
+def _second(moment: str | None) -> str:
     return moment[:19].replace("T", " ") if moment else "-"
 
 

@@ -22,20 +22,28 @@ def listing(schedule: Mapping[str, Entry]) -> list[dict[str, Any]]:
     """
     with get_engine().connect() as connection:
         seen = {name: found for name, *found in connection.execute(_READ)}
-    return [_row(entry, seen.get(entry.name)) for entry in schedule.values()]
+    return [_row(entry, *seen.get(entry.name, ("", None, None, None))) for entry in schedule.values()]
 
 
-def _row(entry: Entry, seen: list[Any] | None) -> dict[str, Any]:
-    row = {"entry": entry.name, "task": entry.task, "when": entry.rhythm, "kwargs": entry.kwargs}
-    if seen is None or seen[0] != entry.rhythm:  # no scheduler has seen it yet
-        return row | _times(None, None, entry.next_after(datetime.now(UTC))) | {"task_id": None}
-    _, last_due, enqueued_at, task_id = seen
-    last = last_due if enqueued_at else None
-    return row | _times(last, enqueued_at, entry.next_after(last_due)) | {"task_id": task_id}
+def _row(
+    entry: Entry, rhythm: str, last_due: datetime | None, enqueued_at: datetime | None, task_id: str | None
+) -> dict[str, Any]:
+    if rhythm != entry.rhythm:  # no scheduler has seen it yet
+        last_due = enqueued_at = task_id = None
+    last_run = last_due if enqueued_at else None
+    late = (enqueued_at - last_run).total_seconds() if enqueued_at and last_run else None
+    return {
+        "entry": entry.name,
+        "task": entry.task,
+        "when": entry.rhythm,
+        "kwargs": entry.kwargs,
+        "last_due": _iso(last_run),
+        "enqueued_at": _iso(enqueued_at),
+        "late_seconds": late,
+        "next_due": _iso(entry.next_after(last_due or datetime.now(UTC))),
+        "task_id": task_id,
+    }
 
 
-def _times(
-    last_due: datetime | None, enqueued_at: datetime | None, next_due: datetime
-) -> dict[str, str | None]:
-    times = {"last_due": last_due, "enqueued_at": enqueued_at, "next_due": next_due}
-    return {name: moment.astimezone(UTC).isoformat() if moment else None for name, moment in times.items()}
+def _iso(moment: datetime | None) -> str | None:
+    return moment.astimezone(UTC).isoformat() if moment else None

@@ -165,6 +165,29 @@ def test_operators_see_last_and_next_runs(database: Database) -> None:
     before = listing(database)
     assert list(before) == list(schedule)
     assert all(row["last_due"] is None and row["next_due"] for row in before.values())
+    first, second, *_ = schedule.values()
+    session = database.connect("app_user")
+    session.cursor().execute(
+        "INSERT INTO celery_schedule (name, rhythm, last_due, enqueued_at, task_id) VALUES"
+        " (%s, %s, '2026-01-01T00:00Z', '2026-01-01T00:00:03Z', 'j'),"
+        " (%s, 'at other times', '2026-01-01T00:00Z', '2026-01-01T00:00:03Z', 'j')",
+        (first.name, first.rhythm, second.name),
+    )
+    session.close()
+    after = listing(database)
+    shown = {name: after[first.name][name] for name in ("last_due", "late_seconds", "task_id")}
+    assert shown == {"last_due": "2026-01-01T00:00:00+00:00", "late_seconds": 3.0, "task_id": "j"}
+    assert after[first.name]["next_due"] < now().isoformat()  # overdue
+    assert after[second.name] | {"next_due": None} == before[second.name] | {"next_due": None}
+    table = subprocess.run(
+        [SKELDIR, "schedule"],
+        env=environment(database.dsn("app_rw")),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    assert all(entry.name in table and entry.task in table for entry in schedule.values())
 
 
 def test_every_tenant_gets_its_job(database: Database, tmp_path: Path) -> None:
