@@ -168,7 +168,9 @@ class Session:
             connection.close()
 
     def _checked(self, connection: psycopg2.extensions.connection, error: psycopg2.Error) -> psycopg2.Error:
-        if connection.closed or isinstance(error, _LOST):
+        # What libpq says by itself has no code: that the server went away, most of all.
+        by_libpq = type(error) is psycopg2.DatabaseError and error.pgcode is None
+        if connection.closed or by_libpq or isinstance(error, _LOST):
             self.close()
             return ConnectionLost(str(error).strip() or "the connection was lost")
         return error

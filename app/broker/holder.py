@@ -106,6 +106,7 @@ class Holder:
         self.pooled = False
         self.online = False
         self.settled_at = 0.0
+        self._server = ""
         self.transports: set[Transport] = set()
         self.held: set[Delivery] = set()
         self.on_trial: Delivery | None = None
@@ -302,9 +303,10 @@ class Holder:
                 self._wake()
             return
         first = self.id == 0
-        server_age = self._session.run(
-            "SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())::double precision"
-        )[0][0]
+        server_age, server = self._session.run(
+            "SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())::double precision,"
+            " pg_postmaster_start_time()::text"
+        )[0]
         now = time.monotonic()
         if first:
             self.pooled = takes_locks_away(self._session)
@@ -323,6 +325,9 @@ class Holder:
         if first or not self._rejoin():
             self._new_identity()
         self._reassert()
+        if not first and server != self._server:
+            self._return_forgotten()
+        self._server = server
         self._joined = self._session.generation
         self._gone.clear()
         self._next_tick = 0.0
@@ -375,6 +380,28 @@ class Holder:
                     [delivery.id for delivery in held],
                     [delivery.delivery for delivery in held],
                 ),
+            )
+
+    def _return_forgotten(self) -> None:
+        # Disposals and returns don't wait for the disk, so a server that crashed may show as held what this
+        # process gave up or back just before. Its other sessions are gone, too, and take nothing meanwhile.
+        settling = [*self.acks, *(back[0] for back in self._backs), *(dead[0] for dead in self._dead)]
+        forgotten = self._session.run(
+            "SELECT id, delivery FROM kombu_message WHERE holder = %s AND NOT id = ANY (%s::bigint[])",
+            (self.id, [delivery.id for delivery in [*self.held, *settling]]),
+        )
+        if forgotten:
+            self._session.run(
+                "SELECT kombu_return(%s, %s::bigint[], %s::integer[], %s::boolean[])",
+                (
+                    self.id,
+                    [id_ for id_, _ in forgotten],
+                    [delivery for _, delivery in forgotten],
+                    [False] * len(forgotten),
+                ),
+            )
+            logger.warning(
+                "Postgres lost what became of %d message(s), which are delivered again", len(forgotten)
             )
 
     def _work(self) -> None:

@@ -295,6 +295,33 @@ def test_who_will_not_get_it_again_is_told_in_the_same_transaction(connect: Conn
     assert sql.fetchall() == [("dead permanent",), ("dead rejected",)]
 
 
+def test_what_a_crash_of_the_server_undid_is_not_held_for_ever(connect: Connect, database: Database) -> None:
+    cluster = database.cluster
+
+    def flush_wal_every(setting: str) -> None:
+        cluster.execute(f"ALTER SYSTEM {setting}")
+        cluster.execute("SELECT pg_reload_conf()")
+
+    # Like a dead letter, this doesn't wait for the disk.
+    taker = Taker(connect(on_dead=lambda cursor, _: cursor.execute("SET LOCAL synchronous_commit = off")))
+    flush_wal_every("SET wal_writer_delay = '10s'")
+    try:
+        for attempt in range(1, 6):  # sometimes it is on the disk all the same
+            send(connect(), attempt)
+            until(lambda number=attempt: taker.drain(0.1)[-1:] == [number])
+            cluster.execute("CHECKPOINT")  # that it was taken is not forgotten
+            taker.messages[-1].channel.dead_letter(taker.messages[-1].delivery_tag, "permanent", None)
+            until(lambda: database.rows("SELECT count(*) FROM kombu_message") == [(0,)])
+            cluster.restart("immediate")
+            if database.rows("SELECT count(*) FROM kombu_message") != [(0,)]:
+                break
+        else:
+            pytest.fail("the server never forgot a disposal")
+        until(lambda: taker.drain(0.1)[-2:] == [attempt, attempt], 20)
+    finally:
+        flush_wal_every("RESET wal_writer_delay")
+
+
 def test_without_anyone_to_tell_it_stays_and_is_counted(connect: Connect, sql: cursor) -> None:
     send(connect(), "x")
     taker = Taker(connect())
