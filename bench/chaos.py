@@ -26,7 +26,8 @@ from pathlib import Path
 import psycopg2
 
 ROOT = Path(__file__).resolve().parent.parent
-POOLS = [("-P", "prefork", "-c", "2"), ("-P", "solo"), ("-P", "threads", "-c", "2")]
+_JOBS = ("-Q", "jobs", "-P")
+POOLS = [(*_JOBS, "prefork", "-c", "2"), (*_JOBS, "solo"), (*_JOBS, "threads", "-c", "2")]
 PUBLISH = """
 import sys, time
 from kombu.exceptions import OperationalError
@@ -50,7 +51,7 @@ if sys.argv[1] == '0': insist(tasks.poison.delay)
 class Chaos:
     """Workers on one database, and the trouble they get into."""
 
-    application, queue = "tests.broker.app_for_tests", "jobs"
+    application = "tests.broker.app_for_tests"
     pools: Sequence[tuple[str, ...]] = POOLS
     """What the workers are started with, in turns; so many of them run."""
 
@@ -74,7 +75,7 @@ class Chaos:
         """One more worker, of the next kind of pool."""
         pool = self.pools[self.started % len(self.pools)]
         self.started += 1
-        command = [sys.executable, "-m", "celery", "-A", self.application, "worker", "-Q", self.queue]
+        command = [sys.executable, "-m", "celery", "-A", self.application, "worker"]
         with (self.directory / f"worker{self.started}.log").open("wb") as log:
             self.workers.append(
                 subprocess.Popen(

@@ -1,12 +1,12 @@
 """Do the metrics say what happened? Chaos with a ledger, reconciled to the last run.
 
-    python -m bench.reconcile [--pool prefork|solo|threads] [--seed 7] [--jobs 400] [--seconds 20]
+    python -m bench.reconcile [--seed 7] [--jobs 400] [--seconds 20]
 
-Two workers of a pool run jobs that end in every way, while their children are killed and they are frozen, cut
-off and left without Postgres; their main processes live, because what one counted dies with it. Meanwhile the
-tasks themselves write a ledger. In the end every worker's counters must equal its part of the ledger, and the
-dead letters what the ledger says of each message; on the way so must runs in flight and readiness. What
-differs is printed with both numbers, and the status is 1.
+Workers with a pool of processes, of threads, and solo run jobs that end in every way, while children are
+killed and workers are frozen, cut off and left without Postgres; their main processes live, because what one
+counted dies with it. Meanwhile the tasks themselves write a ledger. In the end every worker's counters must
+equal its part of the ledger, and the dead letters what the ledger says of each message; on the way so must
+runs in flight and readiness. What differs is printed with both numbers, and the status is 1.
 """
 
 import json
@@ -30,11 +30,13 @@ from bench.chaos import ROOT, Chaos
 from tests.postgres import Database, free_port, provisioned_cluster
 from tests.workers import environment, started
 
-POOLS = {
-    "prefork": ("-P", "prefork", "-c", "2"),
-    "solo": ("-P", "solo"),
-    "threads": ("-P", "threads", "-c", "2"),
-}
+WORKERS = (
+    *[("-Q", "books,children", "-P", "prefork", "-c", "2")] * 2,
+    ("-Q", "books", "-P", "solo"),
+    ("-Q", "books", "-P", "threads", "-c", "2"),
+)
+POSSIBLE = 7
+"""Runs they can have in flight."""
 INVALID = ("\x01 not json", '{"headers": {"task": "books.job", "id": "x"}}')
 EXPORTER = """
 from app.exporter.process import run
@@ -42,13 +44,16 @@ from bench.reconciled_app import SHEET, Topology
 run(Topology.model_validate(SHEET.model_dump() | {"exporter": {"port": PORT}}))
 """
 CLIENT = """
-import sys
+import sys, time
+from kombu.exceptions import OperationalError
 from bench.reconciled_app import *
 for line in sys.stdin:
-    try:
-        exec(line)
-    except OSError as error:
-        print(error, file=sys.stderr)
+    for attempt in range(20):
+        try:
+            exec(line)
+            break
+        except (OSError, OperationalError):  # Postgres is away
+            time.sleep(0.5)
     print(flush=True)
 """
 # Labels of exceptions that have none of their own
@@ -78,12 +83,15 @@ class Ledger:
         for line in lines:
             match line["event"]:
                 case "began":
-                    self.runs[line["run"]] = {**line, "by": None, "stored_before": line["id"] in stored}
+                    self.runs[line["run"]] = {**line, "by": None, "stored_before": False}
                 case "ended":
                     run = self.runs[line["run"]]
                     run |= {"by": line["by"], "at": line["at"]}
                     if line["by"] == "success" and run["task"] not in ("quick", "died_unstored"):
                         stored.add(run["id"])
+                case "killed":
+                    run = self.runs[line["run"]]
+                    run["stored_before"] = run["id"] in stored
                 case "died":
                     run = self.runs[line["run"]]
                     run["by"] = "success" if run["id"] in stored else None
@@ -107,10 +115,10 @@ class Ledger:
             return {"Retry": "retry", "Ignore": "success"}[run["by"]]
         if run["task"] == "requeued_once" and run["by"] == "Reject":
             return "retry"
+        if run["task"] == "hard":  # asked by SIGTERM at first, which raises SystemExit in it
+            return "TimeLimitExceeded"
         if run["by"] is not None:
             return str(run["by"])
-        if run["task"] == "hard":
-            return "TimeLimitExceeded"
         if any(
             (line["id"], line["worker"], line["by"]) == (run["id"], run["worker"], "terminated")
             for line in self.revoked
@@ -183,13 +191,12 @@ def counters(text: str) -> Counts:
 class Reconciliation(Chaos):
     """Chaos that leaves main processes alive, and its books."""
 
-    application, queue = "bench.reconciled_app", "books"
+    application = "bench.reconciled_app"
+    pools = WORKERS
 
-    def __init__(self, database: Database, pool: str, seed: int) -> None:
+    def __init__(self, database: Database, seed: int) -> None:
         super().__init__(database.dsn(), seed, lambda: database.cluster.restart("immediate"))
         self.database = database
-        self.pool = pool
-        self.pools = [POOLS[pool]] * 2
         self.ports = [free_port() for _ in self.pools]
         self.exporter_port = free_port()
         self.environment = {
@@ -223,7 +230,7 @@ class Reconciliation(Chaos):
         ) as exporter:
             try:
                 self.mend()
-                self._until("the workers are ready", lambda: self._gauges("ready") == [1, 1])
+                self._until("the workers are ready", lambda: self._gauges("ready") == {1})
                 self._until(
                     "the exporter has looked",
                     lambda: "celery_dlq_arrivals_total" in self._get(self.exporter_port),
@@ -244,7 +251,7 @@ class Reconciliation(Chaos):
         return not self.differences
 
     def _send(self, code: str) -> None:
-        """Let a client of the application run a line of code; it may fail while Postgres is away."""
+        """Let a client of the application run a line of code."""
         if self._client is None:
             self._client = subprocess.Popen(
                 [sys.executable, "-c", CLIENT],
@@ -261,8 +268,6 @@ class Reconciliation(Chaos):
 
     def _calm(self) -> None:
         """What a child may do that dies after its job, or with nothing to do."""
-        if self.pool != "prefork":
-            return
         self._send("for _ in range(3): died_stored.delay(); died_unstored.delay()")
         self._until("all died after their jobs", lambda: self._left() == 0 and len(self._ledger().runs) == 9)
         for worker in self.workers:
@@ -280,7 +285,7 @@ class Reconciliation(Chaos):
                     " SELECT id, %s FROM kombu_queue WHERE name = 'books'",
                     (payload,),
                 )
-        self._send(f"publish({self.pool!r}, {jobs}, {seconds})")
+        self._send(f"publish({jobs}, {seconds})")
         self._send(f"app.control.revoke([f'revoked-{{number}}' for number in range({jobs})])")
         began = time.monotonic()
         while time.monotonic() - began < seconds:
@@ -305,10 +310,8 @@ class Reconciliation(Chaos):
 
     def trouble(self) -> None:
         """Something bad that leaves main processes alive, drawn by the seed."""
-        kinds = [self.freeze, self.cut_off, self.cut_off, self.crash_postgres]
-        if self.pool == "prefork":
-            kinds += [self.kill_child] * 4
-        kind = self.random.choice(kinds)
+        kinds = [self.freeze, self.freeze, self.cut_off, self.cut_off, self.crash_postgres]
+        kind = self.random.choice(kinds + [self.kill_child] * 5)
         kind()
         self.done[kind.__name__] += 1
 
@@ -316,14 +319,16 @@ class Reconciliation(Chaos):
         """SIGKILL a pool process in the middle of a job; stopped first, so that the ledger is right."""
         pids = [pid for worker in self.workers for pid in self._children(worker)]
         frozen = {pid for _, stopped in self.frozen for pid in stopped}
-        pid = self.random.choice(pids)
-        if pid in frozen:
+        pid = self.random.choice(pids or [0])
+        if not pid or pid in frozen:
             return
         self._signal(pid, signal.SIGSTOP)
         time.sleep(0.02)
-        held = [run["task"] for run in self._ledger().open() if run["pid"] == pid]
+        held = [run for run in self._ledger().open() if run["pid"] == pid]
         # Of these nobody could say afterwards whether a limit, an operator or this ended them.
-        if held and held[-1] not in ("soft", "soft_caught", "hard", "terminated"):
+        if held and held[-1]["task"] not in ("soft", "soft_caught", "hard", "terminated"):
+            with (self.directory / "ledger").open("a") as ledger:
+                ledger.write(json.dumps({"event": "killed", "run": held[-1]["run"]}) + "\n")
             self._signal(pid, signal.SIGKILL)
         else:
             self._signal(pid, signal.SIGCONT)
@@ -332,18 +337,16 @@ class Reconciliation(Chaos):
         """Workers and exporter must say that they can't work, and that they can again."""
         self.database.cluster.stop("immediate")
         try:
-            self._until("no worker is ready", lambda: self._gauges("ready") == [0, 0], 10)
-            self._until(
-                "no worker sees the database", lambda: self._gauges("database_connected") == [0, 0], 10
-            )
+            self._until("no worker is ready", lambda: self._gauges("ready") == {0}, 20)
+            self._until("no worker sees the database", lambda: self._gauges("database_connected") == {0}, 20)
             self._until(
                 "the exporter sees no database",
                 lambda: "skeldir_exporter_database_up 0.0" in self._get(self.exporter_port),
-                10,
+                20,
             )
         finally:
             self.database.cluster.start()
-        self._until("the workers are ready again", lambda: self._gauges("ready") == [1, 1])
+        self._until("the workers are ready again", lambda: self._gauges("ready") == {1})
         # A crash takes back what was acknowledged just before, which is run once more.
         time.sleep(2)
         self._until("all jobs are done again", self._settled, 60)
@@ -394,24 +397,24 @@ class Reconciliation(Chaos):
 
     def _held(self) -> None:
         """While jobs hold on, each worker must show exactly those it runs; also when it is told to stop."""
-        possible, published = (2 if self.pool == "solo" else 4), 20  # so many that each worker has enough
+        published = 60  # so many that each worker has enough
         self._send(f"for _ in range({published}): hold.delay()")
-        self._until("all hold on", lambda: len(self._ledger().open("hold")) == possible)
+        self._until("all hold on", lambda: len(self._ledger().open("hold")) == POSSIBLE)
         by_worker = Counter(run["worker"] for run in self._ledger().open("hold"))
         self._in_flight(by_worker)
 
         def messages() -> float:
             found = samples(self._get(self.exporter_port))["celery_queue_messages"]
-            return sum(value for labels, value in found if labels["queue"] == self.queue)
+            return sum(value for labels, value in found if labels["queue"] == "books")
 
         self._until("the exporter sees what there is", lambda: messages() == published)
         for worker in self.workers:
             worker.terminate()
-        self._until("the workers drain", lambda: self._gauges("draining") == [1, 1])
-        self._same("ready while they drain", [0, 0], self._gauges("ready"))
+        self._until("the workers drain", lambda: self._gauges("draining") == {1})
+        self._same("ready while they drain", {0}, self._gauges("ready"))
         self._in_flight(by_worker)
         (self.directory / "go").touch()
-        self._same("exit statuses", [0, 0], [worker.wait(30) for worker in self.workers])
+        self._same("exit statuses", {0}, {worker.wait(30) for worker in self.workers})
 
     def _in_flight(self, wanted: Counter[int]) -> None:
         for worker, text in self._scrapes().items():
@@ -432,8 +435,11 @@ class Reconciliation(Chaos):
     def _scrapes(self) -> dict[int, str]:
         return {worker.pid: self._get(port) for worker, port in zip(self.workers, self.ports, strict=True)}
 
-    def _gauges(self, name: str) -> list[float]:
-        return [samples(text)[f"celery_worker_{name}"][0][1] for text in self._scrapes().values()]
+    def _gauges(self, name: str) -> set[float]:
+        """What all workers say, of all their queues."""
+        return {
+            value for text in self._scrapes().values() for _, value in samples(text)[f"celery_worker_{name}"]
+        }
 
     def _watch(self) -> None:
         """Scrape all the time; a counter that goes backwards is a difference."""
@@ -447,7 +453,7 @@ class Reconciliation(Chaos):
                             self._same(f"worker {worker.pid}: {' '.join(key)} went back", value, seen[key])
                     highest[port] = seen
 
-    def _until(self, what: str, condition: Callable[[], bool], seconds: float = 30) -> None:
+    def _until(self, what: str, condition: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while True:
             with suppress(OSError, IndexError):  # not there yet
@@ -472,29 +478,27 @@ class Reconciliation(Chaos):
     def report(self, *_: object) -> bool:
         """Print what was compared, and what differs."""
         console = Console(width=110)
-        outcomes: Counter[str] = Counter()
-        for counts in self._ledger().counters().values():
-            for key, number in counts.items():
+        wanted = self._ledger().counters()
+        for worker, pool in zip(self.workers, self.pools, strict=False):
+            ended: Counter[str] = Counter()
+            for key, number in wanted[worker.pid].items():
                 if key[0] in ("success", "retry", "revoked", "failure", "timeout"):
-                    outcomes[" ".join((key[0], *key[2:]))] += number
-        ended = ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items()))
-        trouble = ", ".join(f"{number} {kind}" for kind, number in sorted(self.done.items()))
-        console.print(f"{self.pool}: {ended}; trouble: {trouble}")
+                    ended[" ".join((key[0], *key[2:]))] += number
+            words = ", ".join(f"{number} {outcome}" for outcome, number in sorted(ended.items()))
+            console.print(f"{pool[3]} {worker.pid}: {words}")
+        console.print(", ".join(f"{number} {kind}" for kind, number in sorted(self.done.items())))
         if self.differences:
             table = Table("what", "the ledger says", "the metrics say")
             for row in self.differences:
                 table.add_row(*map(str, row))
             console.print(table)
-        console.print(
-            f"{self.pool}: {self.compared} numbers compared, {len(self.differences)} differ"
-            f" ({self.directory})"
-        )
+        console.print(f"{self.compared} numbers compared, {len(self.differences)} differ ({self.directory})")
         return not self.differences
 
 
-def reconcile(database: Database, pool: str, seed: int, jobs: int, seconds: float) -> bool:
-    """One pool's books; whether they balance."""
-    reconciliation = Reconciliation(database, pool, seed)
+def reconcile(database: Database, seed: int, jobs: int, seconds: float) -> bool:
+    """Make chaos on a database; whether the books balance."""
+    reconciliation = Reconciliation(database, seed)
     try:
         reconciliation.balance(jobs, seconds)
     except TimeoutError as error:
@@ -506,19 +510,15 @@ def reconcile(database: Database, pool: str, seed: int, jobs: int, seconds: floa
 
 def main(
     *,
-    pool: Annotated[list[str] | None, typer.Option(help="prefork, solo or threads; all by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of the trouble.")] = 7,
     jobs: Annotated[int, typer.Option(min=60)] = 400,
     seconds: Annotated[float, typer.Option(help="Of trouble.")] = 20,
 ) -> None:
-    """Reconcile each pool's metrics with its ledger."""
-    right = []
+    """Reconcile the metrics of a chaos with its ledger."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers and server are ended, too
     for postgres in provisioned_cluster():
-        for name in pool or POOLS:
-            database = postgres.copy_database("skeldir", f"books_{name}")
-            right.append(reconcile(database, name, seed, jobs, seconds))
-    if not all(right):
-        raise SystemExit(1)
+        if not reconcile(postgres.copy_database("skeldir", "books"), seed, jobs, seconds):
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":

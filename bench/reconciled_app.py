@@ -25,31 +25,32 @@ from app.dlq.capture import DeadLetters
 from app.observability import worker_monitoring
 from app.tasks.base import PolicyTask, retry_options
 
-QUEUE = "books"
+BOOKS, CHILDREN = "books", "children"
+"""The queues: one for every worker, and one for those whose pool are processes."""
 EVERYWHERE = (
     *("job", "quick", "raises", "retried", "given_up", "transient", "rejected", "requeued_once", "ignored"),
     *("exits", "memory", "hold"),
 )
 IN_PROCESSES = ("soft", "soft_caught", "hard", "terminated", "poison", "died_stored", "died_unstored")
-"""Tasks that only a pool of processes can interrupt or outlive."""
+"""Tasks that only processes can be interrupted in, or outlive."""
+
+
+def _queue(name: str, port: int, tasks: tuple[str, ...]) -> dict[str, object]:
+    return {
+        **{"exchange": name, "routing_key": name, "metrics_port": port, "concurrency": 2, "prefetch": 2},
+        **{"soft_time_limit": 100, "time_limit": 110, "delivery_limit": 3},
+        "tasks": [f"{BOOKS}.{task}" for task in tasks],
+        "retry": {"max_retries": 2, "backoff": 1, "backoff_max": 1},
+    }
+
 
 SHEET = Topology.model_validate(
     {
         "queues": {
-            QUEUE: {
-                "exchange": QUEUE,
-                "routing_key": QUEUE,
-                "tasks": [f"{QUEUE}.{name}" for name in EVERYWHERE + IN_PROCESSES],
-                "metrics_port": 9999,
-                "concurrency": 2,
-                "prefetch": 2,
-                "soft_time_limit": 100,
-                "time_limit": 110,
-                "delivery_limit": 3,
-                "retry": {"max_retries": 2, "backoff": 1, "backoff_max": 1},
-            }
+            BOOKS: _queue(BOOKS, 9998, EVERYWHERE),
+            CHILDREN: _queue(CHILDREN, 9999, IN_PROCESSES),
         },
-        "exporter": {"port": 9998},
+        "exporter": {"port": 9997},
     }
 )
 _FOLDER = Path(os.environ["LEDGER_FOLDER"])
@@ -70,7 +71,7 @@ def note(event: str, **details: object) -> None:
 
 def _about(request: Any) -> dict[str, object]:
     return {
-        "task": request.task.removeprefix(f"{QUEUE}."),
+        "task": request.task.removeprefix(f"{BOOKS}."),
         "id": request.id,
         "message": request.properties["delivery_tag"].partition(".")[0],
     }
@@ -99,15 +100,18 @@ settings = get_settings()
 app = Celery("books", broker=settings.broker_url, backend=settings.result_backend_url, task_cls=BookedTask)
 app.conf.update(
     accept_content=["json"],
-    task_queues=[Queue(QUEUE, Exchange(QUEUE, "direct"), QUEUE)],
-    task_default_queue=QUEUE,
+    task_queues=[Queue(name, Exchange(name, "direct"), name) for name in SHEET.queues],
+    task_default_queue=BOOKS,
+    task_routes={task: {"queue": CHILDREN} for task in SHEET.queues[CHILDREN].tasks},
     task_acks_late=True,
     task_reject_on_worker_lost=True,
     worker_prefetch_multiplier=2,
     broker_connection_retry_on_startup=True,
     worker_cancel_long_running_tasks_on_connection_loss=False,
-    broker_transport_options={"delivery_limits": {QUEUE: SHEET.queues[QUEUE].delivery_limit}},
-    task_annotations={"*": retry_options(SHEET.queues[QUEUE].retry)},
+    broker_transport_options={
+        "delivery_limits": {queue.name: queue.delivery_limit for queue in SHEET.queues.values()}
+    },
+    task_annotations={"*": retry_options(SHEET.queues[BOOKS].retry)},
 )
 dead_letters = DeadLetters(lambda task: task in app.tasks)
 broker.register(on_dead=dead_letters)
@@ -149,7 +153,7 @@ def _before(name: str) -> bool:
 
 
 def _task(**options: Any) -> Any:
-    return lambda function: app.task(name=f"{QUEUE}.{function.__name__}", bind=True, **options)(function)
+    return lambda function: app.task(name=f"{BOOKS}.{function.__name__}", bind=True, **options)(function)
 
 
 @_task()
@@ -267,12 +271,10 @@ def died_unstored(_: Any) -> None:
     """Succeed; its process dies before it could say so."""
 
 
-def publish(pool: str, jobs: int, seconds: float) -> None:
+def publish(jobs: int, seconds: float) -> None:
     """Publish jobs that become due over so many seconds, one in three of which goes wrong."""
-    wrong = [name for name in EVERYWHERE if name not in ("job", "quick", "hold")]
-    wrong += ["expired", "revoked", "unknown", "retried"]
-    if pool == "prefork":
-        wrong += [name for name in IN_PROCESSES if not name.startswith("died")]
+    wrong = [name for name in EVERYWHERE + IN_PROCESSES if not name.startswith(("job", "hold", "died"))]
+    wrong += ["expired", "revoked", "unknown"]
     with broker.batch():
         for number in range(jobs):
             due = seconds * number / jobs
@@ -283,10 +285,10 @@ def publish(pool: str, jobs: int, seconds: float) -> None:
             options = {"task_id": f"{kind}-{number}", "countdown": due}
             if kind == "unknown":
                 note("unknown")
-                app.send_task("nobody.knows.this", queue=QUEUE, **options)
+                app.send_task("nobody.knows.this", queue=BOOKS, **options)
             elif kind == "expired":
                 quick.apply_async(expires=-1, **options)
             elif kind == "revoked":
                 quick.apply_async(**options | {"countdown": due + 3})
             else:
-                app.tasks[f"{QUEUE}.{kind}"].apply_async(**options)
+                app.tasks[f"{BOOKS}.{kind}"].apply_async(**options)

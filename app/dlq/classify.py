@@ -121,7 +121,7 @@ def _class_of(
     match error:
         case TimeLimitExceeded() | SoftTimeLimitExceeded():
             return "timeout"
-        case WorkerLostError():
+        case WorkerLostError() | SystemExit() | KeyboardInterrupt():  # told before or after the process ended
             return "poison"
         case NotRegistered():
             return "unknown_task"

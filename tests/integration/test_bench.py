@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from app.core.dsn import sqlalchemy_url
 from app.core.topology import load_topology
-from bench import dlq, measures
+from bench import dlq, measures, metering
 from bench.__main__ import POOLS, table
 
 
@@ -44,6 +44,11 @@ def test_pickup_and_raw_channels(ours):
 def test_recovery_and_idling(ours):
     assert 0 < measures.recovery(ours, 0) < measures.TOO_LONG
     assert measures.idle_transactions(ours, 1) >= 0
+
+
+def test_metering(ours):
+    assert metering.measure(ours, POOLS["solo"], rounds=2, jobs=40, pool="solo") < 1
+    assert waiting(ours) == 0
 
 
 def test_questions_about_dead_letters_and_their_capture(ours):
