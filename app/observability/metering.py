@@ -31,6 +31,7 @@ class MeteredRequest(Request):
     _ended = False
     _accepted_at: float | None = None
     _runtime: float | None = None
+    _series: TaskSeries | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         # For every task Celery derives a class with an `on_success` of its own, which never calls that of
@@ -80,7 +81,9 @@ class MeteredRequest(Request):
         super()._announce_cancelled(*args, **options)
 
     def _of_metrics(self) -> TaskSeries:
-        return self.metrics.of(self.task.name, self.metrics.queue_of(self.delivery_info))
+        if self._series is None:
+            self._series = self.metrics.of(self.task.name, self.metrics.queue_of(self.delivery_info))
+        return self._series
 
     def _begin(self) -> None:
         with _lock:
@@ -104,7 +107,8 @@ class MeteredRequest(Request):
         if outcome in ("revoked", "expired"):  # it never ran
             series.revoked[outcome].inc()
             return
-        self._begin()  # a process can be lost before it said that it took the task
+        if not self._began:  # a process can be lost before it said that it took the task
+            self._begin()
         series.in_flight.dec()
         match outcome:
             case "terminated":
