@@ -40,6 +40,8 @@ def test_a_password_that_is_none_is_refused_before_anything_is_made(postgres: Cl
 
 def test_an_administrator_without_superuser_can_run_it(postgres: Cluster) -> None:
     postgres.execute(f"CREATE ROLE administrator LOGIN CREATEDB CREATEROLE PASSWORD '{postgres.password}'")
+    # The roles exist already. Who made them may grant them; before PostgreSQL 16, CREATEROLE was enough.
+    postgres.execute("GRANT app_owner, app_user, app_rw, app_ro TO administrator WITH ADMIN OPTION")
     login = ("--extra-vars", "database_login_user=administrator")
     try:
         first = run_database_role(postgres, "managed", *login)
