@@ -154,6 +154,8 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 cwd="/",
+                # Unpacked from a wheel, a standby would load the system's libpq, of another version.
+                env=os.environ | {"LD_LIBRARY_PATH": str(server_binaries().parent / "lib")},
                 start_new_session=True,  # Ctrl-C in the terminal is for the tests, which then stop the server
                 **unprivileged(),  # type: ignore[call-overload]
             )
