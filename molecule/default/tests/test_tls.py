@@ -1,5 +1,6 @@
 """Between workers and database: encrypted, the server verified, its certificate renewed under their eyes."""
 
+import pytest
 from testinfra.host import Host
 
 from tests.lab import invocations, python, site, sql
@@ -60,6 +61,7 @@ def test_the_servers_key_is_for_its_eyes(worker: Host, database: Host) -> None:
     assert not worker.file("/etc/skeldir/tls").exists
 
 
+@pytest.mark.timeout(300)
 def test_a_renewed_certificate_is_used_without_a_restart(worker: Host, database: Host) -> None:
     serial, units = database.check_output(_SERIAL), invocations(worker)
     started = sql(database, "SELECT pg_postmaster_start_time()")
