@@ -75,7 +75,7 @@ def test_the_standby_takes_over_when_the_active_one_is_killed(worker: Host) -> N
     wait_until(lambda: role(worker, STANDBY) == "standby", 15)
     worker.check_output(f"systemctl kill --kill-whom=main --signal=KILL {UNIT}")
     assert wait_until(lambda: role(worker, STANDBY) == "active", 15) < 15
-    wait_until(lambda: role(worker) == "standby", 30)  # systemd started it again
+    wait_until(lambda: role(worker) == "standby", 60)  # systemd started it again
     worker.check_output("systemctl stop second-scheduler.service")
     assert wait_until(lambda: role(worker) == "active", 15) < 5
 
