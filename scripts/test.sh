@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every test of the project, the fast ones first: ./plane test [--fast] [SCENARIO…]
 #
-# --fast leaves out what needs lab hosts; naming Molecule scenarios runs of those only them. A full run that
-# executed fewer tests than scripts/expected-tests says has failed, whatever the others said. Logs, reports and
+# --fast leaves out what needs lab hosts; naming Molecule scenarios runs of those only them, and `compose` is the name
+# of compose.yaml's tests among them. A full run that executed fewer tests than scripts/expected-tests says has failed, whatever the others said. Logs, reports and
 # what was seen of the plane are left in evidence/.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -130,7 +130,7 @@ elif [ -z "$FAST" ]; then
   fi
   for name in "${SCENARIOS[@]}"; do
     if [ "$name" = compose ]; then
-      prepare_compose
+      prepare_compose || say "docker compose can't be had; its tests will say so"
       check compose "compose.yaml: serves every queue, is hardened, comes back" suite compose tests/compose
     else
       check "molecule-$name" "Molecule scenario $name" molecule test --scenario-name "$name"

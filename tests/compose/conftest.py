@@ -59,6 +59,14 @@ class Compose:
     def __call__(self, *arguments: str, timeout: float = 60) -> str:
         return out(*self.command(*arguments), timeout=timeout, env=self.env)
 
+    def as_the_page_says(self, timeout: float) -> None:
+        """Run the commands at the beginning of docs/compose.md."""
+        page = (ROOT / "docs/compose.md").read_text()
+        commands = page.partition("```sh\n")[2].partition("```")[0]
+        project = {"COMPOSE_PROJECT_NAME": PROJECT, "COMPOSE_FILE": f"compose.yaml:{self.override}"}
+        engine = 'docker() { shift; ${SKELDIR_COMPOSE:-command docker compose} "$@"; }\n'
+        out("bash", "-euc", engine + commands, timeout=timeout, env=self.env | project)
+
     def skeldir(self, *arguments: str) -> str:
         return self("run", "--rm", "--no-TTY", "--no-deps", "skeldir", *arguments)
 
@@ -81,6 +89,9 @@ STAND_INS = ("python", "postgres", "prometheus", "alertmanager")
 
 def build_stand_ins() -> None:
     """Images of the names that compose.yaml's variables get here, from Debian's packages."""
+    (ROOT / ".lab").mkdir(exist_ok=True)
+    with (ROOT / ".lab/images").open("a") as file:  # `./plane down` removes these
+        file.writelines(f"{PROJECT}-{name}\n" for name in (*STAND_INS, "plane", "database"))
     base = out("lab/build-image", "bookworm", timeout=400).split()[-1]
     for name in STAND_INS:
         options = (f"--build-arg=BASE={base}", f"--target={name}", f"--tag={PROJECT}-{name}")
@@ -119,11 +130,9 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
     compose = Compose(folder)
     lend_the_build(folder, compose.override)
     build_stand_ins()
-    out("scripts/compose-secrets", env=compose.env)
     compose("down", "--volumes", "--remove-orphans")
     try:
-        compose("build", timeout=400)
-        compose("up", "--detach", "--wait", "--wait-timeout", "180", timeout=240)
+        compose.as_the_page_says(timeout=500)
         yield compose
     except BaseException:
         print(compose("ps", "--all"), compose("logs", "--no-color", "--tail=50"))
