@@ -156,7 +156,8 @@ prepare_compose() {
 fetch_compose() {
   local root=$STATE/compose mirror apt
   # shellcheck disable=SC2016 # APT's own variable
-  mirror=$(apt-get indextargets --format '$(REPO_URI)' | grep --max-count 1 '/debian/$' || echo http://deb.debian.org/debian/)
+  mirror=$(apt-get indextargets --format '$(REPO_URI)' | sort --unique | grep '/debian/$' | tail --lines 1) ||
+    fail "APT knows no archive of Debian's, from which docker compose could be fetched: install Docker's compose plugin"
   apt=(apt-get -qq -o "Dir=$root" -o "Dir::State::status=$root/status" -o "APT::Architecture=$(dpkg --print-architecture)"
     -o Acquire::Languages=none -o Acquire::Retries=3 -o APT::Sandbox::User=root)
   rm -rf "$root"
