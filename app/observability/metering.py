@@ -17,7 +17,8 @@ from app.observability.context import PUBLISHED_HEADER
 from app.observability.health import Pulse
 from app.observability.metrics import TaskMetrics, TaskSeries
 
-# Start and end of one delivery can be reported by two threads of the pool at the same time.
+# Start and end of one delivery can be reported by two threads of the pool at the same time, and one thread
+# at a time is to change a number.
 _lock = Lock()
 
 
@@ -50,7 +51,8 @@ class MeteredRequest(Request):
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """A time limit passed. The soft one is raised inside the task, which may still end in any way."""
-        self._of_metrics().timeout["soft" if soft else "hard"].inc()
+        with _lock:
+            self._of_metrics().timeout["soft" if soft else "hard"].inc()
         if not soft:
             self._end("failure", TimeLimitExceeded())
         super().on_timeout(soft, timeout)
@@ -87,9 +89,12 @@ class MeteredRequest(Request):
 
     def _begin(self) -> None:
         with _lock:
-            if self._began:
-                return
-            self._began = True
+            self._count_begin()
+
+    def _count_begin(self) -> None:
+        if self._began:
+            return
+        self._began = True
         series = self._of_metrics()
         series.started.inc()
         series.in_flight.inc()
@@ -103,31 +108,34 @@ class MeteredRequest(Request):
             if self._ended:
                 return
             self._ended = True
+            self._count_end(outcome, error)
+        if self.pulse.tasks_hold_the_loop and self._began:
+            self.pulse.tick()
+
+    def _count_end(self, outcome: str, error: BaseException | None) -> None:
         series = self._of_metrics()
         if outcome in ("revoked", "expired"):  # it never ran
             series.revoked[outcome].inc()
             return
-        if not self._began:  # a process can be lost before it said that it took the task
-            self._begin()
+        self._count_begin()  # a process can be lost before it said that it took the task
         series.in_flight.dec()
         match outcome:
+            case "success":
+                series.success.inc()
+            case "retry":
+                series.retry.inc()
             case "terminated":
                 series.revoked[outcome].inc()
-            case "failure":
-                if isinstance(
-                    error, SystemExit | KeyboardInterrupt
-                ):  # Celery, too, takes it for a lost process
+            case _:
+                # Celery, too, takes these for a lost process.
+                if isinstance(error, SystemExit | KeyboardInterrupt):
                     error = WorkerLostError()
                 series.failure[self.metrics.kind_of(error or Exception())].inc()
                 if isinstance(error, WorkerLostError):
                     series.worker_lost.inc()
-            case _:
-                getattr(series, outcome).inc()
         if self._runtime is None:
             self._runtime = monotonic() - self._accepted_at if self._accepted_at else 0.0
         series.duration.observe(self._runtime)
-        if self.pulse.tasks_hold_the_loop:
-            self.pulse.tick()
 
 
 def _unwrapped(error: BaseException) -> BaseException:

@@ -1,14 +1,22 @@
-"""The metric families of a worker: one plain registry in its main process.
+"""The metric families of a worker, counted in its main process.
+
+Every job pays for what is counted of it, so the numbers are plain: the client library makes its metrics of
+them when they are asked for.
 
 `celery_task_started_total` equals, for every task and queue, the sum of success, failure, retry and
 `celery_task_revoked_total{reason="terminated"}`, plus `celery_task_in_flight`. Each delivery of a message
 counts by itself: a message that came back because its process died was started, and failed, once more.
 """
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from app.core.topology import QUEUE_WAIT_BOUNDS, Topology
 
@@ -33,22 +41,78 @@ _KNOWN = (
 _LABELS = ("task_name", "queue")
 
 
+class Count:
+    """A number that one thread changes at a time."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def inc(self) -> None:
+        """One more."""
+        self.value += 1
+
+    def dec(self) -> None:
+        """One less."""
+        self.value -= 1
+
+
+class Distribution:
+    """Seconds, by upper bounds; one thread adds at a time."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """One more."""
+        self._counts[bisect_left(self._bounds, seconds)] += 1
+        self._sum += seconds
+
+    def add_to(self, family: HistogramMetricFamily, labels: tuple[str, ...]) -> None:
+        """Show what was observed so far."""
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        counts = accumulate(self._counts)
+        family.add_metric(labels, list(zip(names, counts, strict=True)), self._sum)
+
+
 class TaskSeries(NamedTuple):
     """All series of one task on one queue."""
 
-    started: Counter
-    success: Counter
-    failure: Mapping[str, Counter]
-    retry: Counter
-    revoked: Mapping[str, Counter]
-    timeout: Mapping[str, Counter]
-    worker_lost: Counter
-    in_flight: Gauge
-    duration: Histogram
-    queue_wait: Histogram
+    started: Count
+    success: Count
+    failure: Mapping[str, Count]
+    retry: Count
+    revoked: Mapping[str, Count]
+    timeout: Mapping[str, Count]
+    worker_lost: Count
+    in_flight: Count
+    duration: Distribution
+    queue_wait: Distribution
 
 
-class TaskMetrics:
+_COUNTERS = {
+    "started": "Deliveries a process of the pool began to run.",
+    "success": "Runs that returned, or ended themselves by Ignore.",
+    "failure": "Runs that raised, were rejected for good, hit a time limit or lost their process.",
+    "retry": "Runs that ended by asking to be run again.",
+    "revoked": "Deliveries given up before or while they ran.",
+    "timeout": "Time limits that passed while a run went on.",
+    "worker_lost": "Runs whose process ended under them.",
+}
+_MORE_LABELS = {"failure": "exception", "revoked": "reason", "timeout": "kind"}
+_HISTOGRAMS = {
+    "queue_wait": "Time from publishing to the start of the first run,"
+    " but for jobs with an ETA or a countdown.",
+    "duration": "Time a run took, however it ended.",
+}
+
+
+class TaskMetrics(Collector):
     """The families, and which queue of the sheet a delivery belongs to.
 
     A task's name comes from the registered task and a queue's from the sheet, never from a message, so nobody
@@ -56,37 +120,7 @@ class TaskMetrics:
     """
 
     def __init__(self, sheet: Topology) -> None:
-        # They would double the number of series and say nothing.
-        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self._started = self._counter("started", "Deliveries a process of the pool began to run.")
-        self._success = self._counter("success", "Runs that returned, or ended themselves by Ignore.")
-        self._failure = self._counter(
-            "failure",
-            "Runs that raised, were rejected for good, hit a time limit or lost their process.",
-            "exception",
-        )
-        self._retry = self._counter("retry", "Runs that ended by asking to be run again.")
-        self._revoked = self._counter("revoked", "Deliveries given up before or while they ran.", "reason")
-        self._timeout = self._counter("timeout", "Time limits that passed while a run went on.", "kind")
-        self._worker_lost = self._counter("worker_lost", "Runs whose process ended under them.")
-        self._in_flight = Gauge(
-            "celery_task_in_flight", "Runs going on just now.", _LABELS, registry=self.registry
-        )
-        self._queue_wait = Histogram(
-            "celery_task_queue_wait_seconds",
-            "Time from publishing to the start of the first run, but for jobs with an ETA or a countdown.",
-            _LABELS,
-            registry=self.registry,
-            buckets=QUEUE_WAIT_BOUNDS,
-        )
-        self._duration = Histogram(
-            "celery_task_duration_seconds",
-            "Time a run took, however it ended.",
-            _LABELS,
-            registry=self.registry,
-            buckets=BUCKETS,
-        )
         self._series: dict[tuple[str, str], TaskSeries] = {}
         self._queues = {("", queue.name): queue.name for queue in sheet.queues.values()} | {
             (queue.exchange, queue.routing_key): queue.name for queue in sheet.queues.values()
@@ -101,26 +135,47 @@ class TaskMetrics:
             for name in policy.transient
         }
         self._exceptions = (*sorted({*_KNOWN, *transient}), OTHER)
+        self.registry.register(self)
 
-    def _counter(self, name: str, documentation: str, *more_labels: str) -> Counter:
-        return Counter(f"celery_task_{name}", documentation, _LABELS + more_labels, registry=self.registry)
+    def collect(self) -> Iterator[Metric]:
+        """The families, as they are now."""
+        found = list(self._series.items())
+        for name, documentation in _COUNTERS.items():
+            more = [_MORE_LABELS[name]] if name in _MORE_LABELS else []
+            counter = CounterMetricFamily(f"celery_task_{name}", documentation, labels=[*_LABELS, *more])
+            for labels, series in found:
+                counts = getattr(series, name)
+                if more:
+                    for label, count in counts.items():
+                        counter.add_metric((*labels, label), count.value)
+                else:
+                    counter.add_metric(labels, counts.value)
+            yield counter
+        gauge = GaugeMetricFamily("celery_task_in_flight", "Runs going on just now.", labels=_LABELS)
+        for labels, series in found:
+            gauge.add_metric(labels, series.in_flight.value)
+        yield gauge
+        for name, documentation in _HISTOGRAMS.items():
+            histogram = HistogramMetricFamily(f"celery_task_{name}_seconds", documentation, labels=_LABELS)
+            for labels, series in found:
+                getattr(series, name).add_to(histogram, labels)
+            yield histogram
 
     def of(self, task_name: str, queue: str) -> TaskSeries:
         """The series of a task on a queue; they begin at 0 when first asked for, all together."""
         series = self._series.get((task_name, queue))
         if series is None:
-            labels = (task_name, queue)
-            series = self._series[labels] = TaskSeries(
-                self._started.labels(*labels),
-                self._success.labels(*labels),
-                {name: self._failure.labels(*labels, name) for name in self._exceptions},
-                self._retry.labels(*labels),
-                {reason: self._revoked.labels(*labels, reason) for reason in REVOKED},
-                {kind: self._timeout.labels(*labels, kind) for kind in TIMEOUTS},
-                self._worker_lost.labels(*labels),
-                self._in_flight.labels(*labels),
-                self._duration.labels(*labels),
-                self._queue_wait.labels(*labels),
+            series = self._series[task_name, queue] = TaskSeries(
+                Count(),
+                Count(),
+                {name: Count() for name in self._exceptions},
+                Count(),
+                {reason: Count() for reason in REVOKED},
+                {kind: Count() for kind in TIMEOUTS},
+                Count(),
+                Count(),
+                Distribution(BUCKETS),
+                Distribution(QUEUE_WAIT_BOUNDS),
             )
         return series
 

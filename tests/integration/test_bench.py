@@ -48,7 +48,6 @@ def test_recovery_and_idling(ours):
 
 def test_metering(ours):
     assert metering.measure(ours, POOLS["solo"], rounds=2, jobs=40, pool="solo") < 1
-    assert waiting(ours) == 0
 
 
 def test_questions_about_dead_letters_and_their_capture(ours):

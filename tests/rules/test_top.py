@@ -112,7 +112,9 @@ def test_the_page_needs_nothing_and_has_everything(prometheus: check.Prometheus,
 def test_live_it_is_shown_until_somebody_ends_it(prometheus: check.Prometheus) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 160, 0, 0))
-    command = [SKELDIR, "top", "--prometheus", prometheus.address, "--interval", "1"]
+    # Whoever runs the tests in the background made them deaf to Ctrl-C, and their children with them.
+    command = ["env", "--default-signal=INT", SKELDIR, "top"]
+    command += ["--prometheus", prometheus.address, "--interval", "1"]
     env = {"PATH": os.environ["PATH"], "TERM": "xterm-256color"}
     process = subprocess.Popen(command, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)

@@ -44,9 +44,9 @@ def test_the_alert_fires_arrives_is_mended_by_its_page_and_ends(
 def test_what_a_drill_broke_is_whole_again_when_somebody_stops_it(
     worker: Host, outcomes: dict[str, dict[str, Any]]
 ) -> None:
-    process = subprocess.Popen(
-        [*COMMAND, "CeleryQueueNoConsumer"], cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE
-    )
+    # Whoever runs the tests in the background made them deaf to Ctrl-C, and their children with them.
+    command = ["env", "--default-signal=INT", *COMMAND, "CeleryQueueNoConsumer"]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE)
     try:
         assert process.stdout
         seen = next((line for line in process.stdout if "fires in Prometheus" in line), "")
