@@ -253,7 +253,7 @@ cp "$(find "$journal" -name '*@*.journal' | head -n 1)" "$sample"
 truncate --size=300M $image
 mkfs.ext4 -q -m 0 -F $image
 [ -e /dev/loop-control ] || mknod /dev/loop-control c 10 237
-device=$(losetup --find)
+device=$(losetup --find | cut -d" " -f1) # it says "(lost)" beside one that has no node yet
 [ -e "$device" ] || mknod "$device" b 7 "${{device#/dev/loop}}"
 losetup "$device" $image
 mount "$device" "$journal"
