@@ -164,14 +164,17 @@ _BACKLOG = Fault(
     _publish(
         f"""
 import time
-said = app.control.cancel_consumer({PINGS!r}, reply=True, timeout=5)
+said = app.control.cancel_consumer({PINGS!r}, pattern="{PINGS}@*", matcher="glob", reply=True, timeout=5)
 assert said, "no worker heard it"
 time.sleep(1)
 for _ in range(50):
     app.send_task({PING!r})
 """
     ),
-    _publish(f"app.control.add_consumer({PINGS!r}, reply=True, timeout=2)"),
+    # Its own units: told without a pattern, those of other queues would take its jobs from then on, too.
+    _publish(
+        f'app.control.add_consumer({PINGS!r}, pattern="{PINGS}@*", matcher="glob", reply=True, timeout=2)'
+    ),
 )
 
 _AGED = Fault(
