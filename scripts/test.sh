@@ -85,7 +85,7 @@ first_command() {
 
 no_secret_in_what_was_printed() {
   local secrets
-  secrets=$(cat inventory/lab/secrets/* && grep -v -e '-----' inventory/lab/authority/ca.key)
+  secrets=$(cat inventory/lab/.secrets/* && grep -v -e '-----' inventory/lab/.authority/ca.key)
   ! grep --recursive --files-with-matches --fixed-strings "$secrets" "$EVIDENCE"
 }
 

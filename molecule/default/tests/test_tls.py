@@ -1,9 +1,14 @@
 """Between workers and database: encrypted, the server verified, its certificate renewed under their eyes."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from testinfra.host import Host
 
-from tests.lab import invocations, python, site, sql
+from tests.lab import INVENTORY, invocations, python, site, sql
 
 PING = "app.tasks.housekeeping.ping"
 _PING = f"""
@@ -79,3 +84,16 @@ def test_a_renewed_certificate_is_used_without_a_restart(worker: Host, database:
     assert sql(database, "SELECT pg_postmaster_start_time()") == started
     again = site("--tags=postgres")
     assert (again.status, again.changed) == (0, 0), again.output
+
+
+def test_no_secret_is_taken_for_a_host() -> None:
+    """Ansible reads every file of an inventory's folder that it can see, and a password makes a fine host name."""
+    assert (INVENTORY / ".authority/ca.key").exists()
+    shown = subprocess.run(
+        [Path(sys.executable).with_name("ansible-inventory"), f"--inventory={INVENTORY}", "--list"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Unable to parse" not in shown.stderr
+    assert set(json.loads(shown.stdout)["_meta"]["hostvars"]) == {"db1", "worker1"}

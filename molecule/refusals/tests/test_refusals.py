@@ -75,7 +75,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("value", [None, "", "changeme-changeme-changeme", "short"])
     def test_a_missing_or_poor_secret(self, value: str | None) -> None:
-        secrets = {path.name: path.read_text().strip() for path in (INVENTORY / "secrets").iterdir()}
+        secrets = {path.name: path.read_text().strip() for path in (INVENTORY / ".secrets").iterdir()}
         secrets["app_user"] = value or ""
         if value is None:
             del secrets["app_user"]
