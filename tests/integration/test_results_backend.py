@@ -314,7 +314,7 @@ class TestOneConnection:
         ids = [str(uuid4()) for _ in range(200)]
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(lambda task_id: app.backend.store_result(task_id, task_id, "SUCCESS"), ids))
-            assert list(threads.map(lambda i: AsyncResult(i, app=app).get(timeout=1), ids)) == ids
+            assert list(threads.map(lambda i: AsyncResult(i, app=app).get(timeout=10), ids)) == ids
         assert len(sessions.pids()) == 1
 
     def test_of_its_own_after_a_fork(self, make_app, sessions):

@@ -87,7 +87,7 @@ def test_a_renewed_certificate_is_used_without_a_restart(worker: Host, database:
 
 
 def test_no_secret_is_taken_for_a_host() -> None:
-    """Ansible reads every file of an inventory's folder that it can see, and a password makes a fine host name."""
+    """Ansible reads all it sees in an inventory's folder, and a password makes a fine host name."""
     assert (INVENTORY / ".authority/ca.key").exists()
     shown = subprocess.run(
         [Path(sys.executable).with_name("ansible-inventory"), f"--inventory={INVENTORY}", "--list"],
