@@ -5,14 +5,10 @@ roles sees it. Roles and grants come from the Ansible role `database` and tables
 host; nothing of either is written a second time here.
 """
 
-import json
 import os
-import pwd
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,65 +21,21 @@ import psycopg2
 from psycopg2 import sql
 from psycopg2.extensions import connection
 
-ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
+from dev import ROOT
+from dev.server import (
+    BIN,
+    ROLES,
+    database_role,
+    free_port,
+    libraries,
+    make_data,
+    run_tool,
+    server_binaries,
+    unprivileged,
+)
+
 # Every character that a DSN, a shell or a template could trip over.
-PASSWORDS = {role: f"{role}'s p@ss:w/rd %41 #?&" for role in ("app_owner", "app_user", "app_rw", "app_ro")}
-
-
-def server_binaries() -> Path:
-    """The directory with PostgreSQL's server programs; RuntimeError says what to install.
-
-    `SKELDIR_TEST_POSTGRES` names it (`scripts/postgres-binaries 18` makes one of another version); else it is
-    Debian's newest.
-    """
-    if chosen := os.environ.get("SKELDIR_TEST_POSTGRES"):
-        if not Path(chosen, "postgres").is_file():
-            raise RuntimeError(f"SKELDIR_TEST_POSTGRES is {chosen}, where there is no program `postgres`")
-        return Path(chosen)
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda p: int(p.parts[-3]))
-    if found:
-        return found[-1].parent
-    if on_path := shutil.which("postgres"):
-        return Path(on_path).resolve().parent
-    raise RuntimeError(
-        "no PostgreSQL server was found in /usr/lib/postgresql/*/bin nor on the PATH;"
-        " install Debian's package `postgresql` (or `postgresql-15`, `-16`, `-17`)"
-    )
-
-
-def free_port() -> int:
-    """A loopback port that nothing listens on at the moment."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def unprivileged() -> dict[str, int | list[int]]:
-    """How to start a process as somebody else when this is root: PostgreSQL refuses to run as root."""
-    if os.geteuid() != 0:
-        return {}
-    for name in ("postgres", "nobody"):
-        try:
-            user = pwd.getpwnam(name)
-        except KeyError:
-            continue
-        return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-    raise RuntimeError("running as root, and there is no user `postgres` or `nobody` to run PostgreSQL as")
-
-
-def _make_data(tool: str, *arguments: str) -> None:
-    """Run a tool of the server's that makes a data directory, as who the server runs as."""
-    done = subprocess.run(
-        [server_binaries() / tool, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd="/",
-        **unprivileged(),  # type: ignore[call-overload]
-    )
-    if done.returncode:
-        raise RuntimeError(f"{tool} failed: {done.stderr}")
+PASSWORDS = {role: f"{role}'s p@ss:w/rd %41 #?&" for role in ROLES}
 
 
 @dataclass
@@ -104,21 +56,9 @@ class Cluster:
     def __post_init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="skeldir-postgres-"))
         who = unprivileged()
-        password_file = self.directory / "password"
-        password_file.write_text(self.password)
         if who:
-            for path in (self.directory, password_file):
-                os.chown(path, who["user"], who["group"])  # type: ignore[arg-type]
-        _make_data(
-            "initdb",
-            f"--pgdata={self.data}",
-            "--username=postgres",
-            "--auth=scram-sha-256",
-            f"--pwfile={password_file}",
-            "--encoding=UTF8",
-            "--locale=C",
-            *([] if self.fsync else ["--no-sync"]),
-        )
+            os.chown(self.directory, who["user"], who["group"])
+        make_data(self.data, self.password, *([] if self.fsync else ["--no-sync"]))
 
     @property
     def data(self) -> Path:
@@ -154,10 +94,9 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 cwd="/",
-                # Unpacked from a wheel, a standby would load the system's libpq, of another version.
-                env=os.environ | {"LD_LIBRARY_PATH": str(server_binaries().parent / "lib")},
+                env=libraries(server_binaries()),
                 start_new_session=True,  # Ctrl-C in the terminal is for the tests, which then stop the server
-                **unprivileged(),  # type: ignore[call-overload]
+                **unprivileged(),
             )
         deadline = time.monotonic() + seconds
         while True:
@@ -264,8 +203,8 @@ class Standby(Cluster):
         self.password = self.primary.password
         self.directory = Path(tempfile.mkdtemp(prefix="skeldir-postgres-"))
         if who := unprivileged():
-            os.chown(self.directory, who["user"], who["group"])  # type: ignore[arg-type]
-        _make_data(
+            os.chown(self.directory, who["user"], who["group"])
+        run_tool(
             "pg_basebackup",
             f"--pgdata={self.data}",
             f"--dbname={self.primary.dsn()}",
@@ -305,43 +244,14 @@ class Database:
 
 def run_database_role(cluster: Cluster, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the Ansible role `database` against the cluster over TCP, as against a managed server."""
-    variables = {
-        "database_name": name,
-        "database_passwords": PASSWORDS,
-        "database_login_host": cluster.host,
-        "database_login_port": cluster.port,
-        "database_login_password": cluster.password,
-    }
-    play = [
-        {
-            "name": "Provision the test database",
-            "hosts": "localhost",
-            "connection": "local",
-            "gather_facts": False,
-            "roles": ["database"],
-        }
-    ]
-    with tempfile.TemporaryDirectory(prefix="skeldir-play-") as directory:
-        playbook, extra = Path(directory) / "play.json", Path(directory) / "variables.json"
-        playbook.write_text(json.dumps(play))
-        extra.touch(mode=0o600)
-        extra.write_text(json.dumps(variables))
+    with database_role(cluster.host, cluster.port, cluster.password, name, PASSWORDS) as (
+        command,
+        environment,
+    ):
         return subprocess.run(
-            [
-                BIN / "ansible-playbook",
-                *("--inventory", "localhost,"),
-                *("--extra-vars", f"@{extra}"),
-                # psycopg2 of this environment, not of the machine's own Python
-                *("--extra-vars", f"ansible_python_interpreter={sys.executable}"),
-                *arguments,
-                playbook,
-            ],
+            [*command, *arguments],
             cwd=ROOT,
-            env={
-                **os.environ,
-                "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
-                "ANSIBLE_ROLES_PATH": str(ROOT / "roles"),
-            },
+            env=environment,
             capture_output=True,
             text=True,
             timeout=110,
