@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +42,11 @@ cli = typer.Typer(
 topology_cli = typer.Typer(help="The sheet that everything is read from.", no_args_is_help=True)
 cli.add_typer(topology_cli, name="topology")
 cli.add_typer(dlq_cli, name="dlq")
+if find_spec("dev"):  # a checkout; what hosts get has nothing of it
+    from dev.command import dev, new_cli
+
+    cli.command()(dev)
+    cli.add_typer(new_cli, name="new")
 
 Overrides = Annotated[
     str | None, typer.Option(help='Numbers of an environment as JSON, such as {"llm": {"concurrency": 4}}.')

@@ -45,7 +45,7 @@ new_cli = typer.Typer(help="Add a queue or a task to this checkout.", no_args_is
 
 @new_cli.command()
 def queue(name: Annotated[str, typer.Argument(help="Such as `reports`.")]) -> None:
-    """Add a queue: its entry in the sheet, a module with a first task, a test, and what compose.yaml needs."""
+    """Add a queue: its entry in the sheet, a module with a task, a test, and compose.yaml's part."""
     from dev.scaffold import FIRST_TASK, REGENERATE, Refused, new_queue, regenerate  # noqa: PLC0415
 
     try:
@@ -56,8 +56,8 @@ def queue(name: Annotated[str, typer.Argument(help="Such as `reports`.")]) -> No
     if not regenerate():
         sys.exit(f"That failed; see why with: {REGENERATE}")
     _say(
-        f"Next: write its work in app/tasks, beside {FIRST_TASK}; a running `skeldir dev` has the queue already.\n"
-        "On your hosts site.yml brings its unit, port, metrics, alerts and panels, and touches no other queue."
+        f"Next: write its work in app/tasks, beside {FIRST_TASK}; a running `skeldir dev` has it already.\n"
+        "On your hosts site.yml brings its unit, port, metrics, alerts and panels; no other queue is touched."
     )
 
 

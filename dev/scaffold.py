@@ -1,6 +1,6 @@
 """`skeldir new queue` and `skeldir new task`: the sheet's entry, the module, its test and the README's row.
 
-Everything is made and checked before the first file is written, and taken back when the plane would refuse it.
+Everything is made and checked before the first file is written, and taken back when the plane refuses it.
 """
 
 import ast
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from app.core.topology import Queue, Topology, TopologyError, load_topology
+from app.core.topology import Queue, Topology, TopologyError, legal_queue_name, load_topology
 from dev import ROOT
 from dev.server import BIN
 
@@ -89,6 +89,10 @@ def new_queue(name: str, root: Path = ROOT) -> list[Path]:
     Raises:
         Refused: nothing was changed.
     """
+    try:
+        legal_queue_name(name)
+    except ValueError as error:
+        raise Refused(f"{name!r} {error}.") from None
     sheet = _sheet(root)
     if name in sheet.queues:
         raise Refused(f"There is a queue {name} in {SHEET} already: choose another name.")
@@ -146,7 +150,7 @@ def new_task(queue: str, name: str, *, tenant: bool, root: Path = ROOT) -> list[
 
 def regenerate(root: Path = ROOT) -> bool:
     """Make what compose.yaml has of the sheet anew; whether that worked."""
-    command = [BIN / "ansible-playbook", *REGENERATE.split()[1:]]
+    command: list[str | Path] = [BIN / "ansible-playbook", *REGENERATE.split()[1:]]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     return done.returncode == 0
 
@@ -214,19 +218,21 @@ def _module_and_test(root: Path, queue: str, name: str, *, tenant: bool) -> dict
     body, test = (_TENANT_TASK, _TENANT_TASK_TEST) if tenant else (_TASK, _TASK_TEST)
     needs = {"shared_task", "tenant_task", "UUID"} if tenant else {"shared_task"}
     return {
-        _code(module): _extended(root, _code(module), body.format(name=name), needs, name, queue),
+        _code(module): _extended(
+            _code(module), body.format(name=name), needs, root=root, name=name, queue=queue
+        ),
         _test(module): _extended(
-            root,
             _test(module),
             test.format(name=name, module=module),
             {module, *(("uuid4", "pytest", "TenantRequired") if tenant else ())},
-            re.findall(r"def (\w+)", test.format(name=name, module=module))[0],
-            queue,
+            root=root,
+            name=re.findall(r"def (\S+)\(", test)[0].format(name=name),
+            queue=queue,
         ),
     }
 
 
-def _extended(root: Path, path: Path, body: str, needs: set[str], name: str, queue: str) -> str:
+def _extended(path: Path, body: str, needs: set[str], *, root: Path, name: str, queue: str) -> str:
     """A module with more in it, and with the imports which that needs."""
     file = root / path
     text = file.read_text() if file.exists() else f'"""The tasks of the queue `{queue}`."""\n'

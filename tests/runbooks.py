@@ -20,6 +20,7 @@ SECTIONS = ["Meaning", "Impact", "Diagnosis", "Mitigation", "Verify recovered", 
 
 _WORD = re.compile(r"[A-Za-z][A-Za-z_'-]+")
 _BLOCK = re.compile(r"^```(?P<info>.*)\n(?P<text>(?:.*\n)*?)```$", re.MULTILINE)
+_SAYS = re.compile(r"<!-- (?:Not run: (?P<why>[^>]+?)|Run by (?P<test>[\w./-]+)[^>]*?) -->\n\Z")
 _ASKS = re.compile(r"^read -r -p \"[^\"]+\" (\w+)$")
 Run = Callable[[str], tuple[int, str]]
 """Runs a script in bash; answers its exit status, and what it printed on both outputs."""
@@ -33,6 +34,10 @@ class Block:
     section: str
     status: int = 0
     example: str | None = None
+    not_run: str = ""
+    """Why no test can run it, which a comment above it may say; runbooks have no such blocks."""
+    run_by: str = ""
+    """The file of the test that runs it, where the comment names one."""
 
     @property
     def asks(self) -> str | None:
@@ -71,6 +76,18 @@ def read_page(path: Path) -> Page:
                 f"{path.name}: a block of {match['info']!r} is neither `sh` nor an example of one"
             )
     return Page(path, [name for _, name in headings], blocks)
+
+
+def read_docs(path: Path) -> list[Block]:
+    """The commands of a page that also shows other things, such as files."""
+    content = path.read_text()
+    blocks = []
+    for match in _BLOCK.finditer(content):
+        if match["info"] == "sh":
+            says = _SAYS.search(content[: match.start()])
+            why, test = says.group("why", "test") if says else ("", "")
+            blocks.append(Block(match["text"], section="", not_run=why or "", run_by=test or ""))
+    return blocks
 
 
 @dataclass

@@ -45,6 +45,20 @@ def _on_a_bound(seconds: float) -> float:
     return seconds
 
 
+def legal_queue_name(name: str) -> str:
+    """The name, if a queue may have it.
+
+    Raises:
+        ValueError: it may not; says what may stand in one.
+    """
+    if not _QUEUE_NAME.fullmatch(name):
+        raise ValueError(
+            "is not legal as the instance name of a systemd unit: "
+            "use at most 40 lower-case letters, digits, '-' and '_', a letter first"
+        )
+    return name
+
+
 _WaitTarget = Annotated[float, AfterValidator(_on_a_bound)]
 
 
@@ -103,7 +117,7 @@ class Queue(_Entry):
     that succeed, and how long a due job may wait for a worker.
     """
 
-    name: str
+    name: Annotated[str, AfterValidator(legal_queue_name)]
     exchange: str = Field(min_length=1)
     routing_key: str = Field(min_length=1)
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -117,16 +131,6 @@ class Queue(_Entry):
     task_retry: dict[str, RetryPolicy] = {}
     success_target: _Share = 0.99
     queue_wait_target_seconds: _WaitTarget = 60
-
-    @field_validator("name")
-    @classmethod
-    def _legal_name(cls, name: str) -> str:
-        if not _QUEUE_NAME.fullmatch(name):
-            raise ValueError(
-                "is not legal as the instance name of a systemd unit: "
-                "use at most 40 lower-case letters, digits, '-' and '_', a letter first"
-            )
-        return name
 
     @field_validator("tasks")
     @classmethod
