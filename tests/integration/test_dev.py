@@ -12,11 +12,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
+from app.core.topology import load_topology
 from tests.postgres import ROOT
 from tests.runbooks import bash, read_docs
 
@@ -44,15 +47,34 @@ class Developer:
     def start(self) -> None:
         self.started += 1
         with self.output.open("wb") as output:
-            self.process = subprocess.Popen(
-                [SKELDIR, "dev"],
-                cwd=self.home,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+            self._start(output.fileno())
+
+    def start_in_a_terminal(self) -> None:
+        """What is drawn there becomes the output."""
+        self.started += 1
+        self.output.touch()
+        here, there = os.openpty()
+        self._start(there, TERM="xterm", COLUMNS="160", LINES="50")
+        os.close(there)
+        Thread(target=self._read, args=[here, self.output], daemon=True).start()
+
+    def _start(self, output: int, **more: str) -> None:
+        self.process = subprocess.Popen(
+            [SKELDIR, "dev"],
+            cwd=self.home,
+            env=self.environment | more,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+    @staticmethod
+    def _read(terminal: int, file: Path) -> None:
+        with file.open("ab", buffering=0) as output, suppress(OSError):  # nobody holds the other end any more
+            while drawn := os.read(terminal, 65536):
+                output.write(drawn)
+        os.close(terminal)
 
     def wait(self, condition: Callable[[], object], seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
@@ -172,9 +194,12 @@ def test_a_second_one_in_the_same_folder_is_refused(developer: Developer) -> Non
 def test_code_that_cannot_be_loaded_disturbs_nothing_and_mended_code_runs(developer: Developer) -> None:
     module = developer.home / "app/tasks/housekeeping.py"
     right, before = module.read_text(), len(READY.findall(developer.said()))
-    module.write_text(right + "\nthis is no Python\n")
+    other = developer.home / "app/tasks/llm.py"
+    broken = "\nthis is no Python\n"
+    other.write_text(other.read_text() + broken)
     developer.wait(lambda: "SyntaxError" in developer.said())
     assert "ok" in developer.ping()
+    other.write_text(other.read_text().removesuffix(broken))
     module.write_text(right.replace("the ping was asked to fail", "it fails in a new way"))
     developer.wait_until_ready(before + 1)
     call = """celery -A app.celery_app call app.tasks.housekeeping.ping --kwargs '{"fail": true}'"""
@@ -200,10 +225,11 @@ def test_killed_it_leaves_nothing_in_the_way_and_ctrl_c_leaves_nothing_at_all(de
     assert developer.process
     os.kill(developer.process.pid, signal.SIGKILL)
     developer.process.wait()
-    developer.start()
-    warm = developer.wait_until_ready()
-    assert warm < 60, "warm starts take seconds"
+    developer.start_in_a_terminal()
+    developer.wait_until_ready()
     developer.ping()
+    for queue in load_topology(developer.home / "app/topology.yml").queues:
+        assert re.search(rf"{queue}\W.*\bready\b", developer.said())
     developer.process.send_signal(signal.SIGINT)
     assert developer.process.wait(timeout=40) == 0, developer.said()
     assert developer.processes() == []
