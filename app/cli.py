@@ -42,7 +42,8 @@ cli = typer.Typer(
 topology_cli = typer.Typer(help="The sheet that everything is read from.", no_args_is_help=True)
 cli.add_typer(topology_cli, name="topology")
 cli.add_typer(dlq_cli, name="dlq")
-if find_spec("dev"):  # a checkout; what hosts get has nothing of it
+# A checkout; what hosts get has nothing of it. (From / the folder /dev would be a package without an origin.)
+if (_dev := find_spec("dev")) and _dev.origin:
     from dev.command import dev, new_cli
 
     cli.command()(dev)
