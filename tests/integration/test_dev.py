@@ -88,19 +88,16 @@ class Developer:
         self.wait(lambda: len(READY.findall(self.said())) >= times)
         return float(READY.findall(self.said())[-1])
 
-    def processes(self) -> list[str]:
-        """What runs of this plane, whoever it belongs to."""
-        found = []
+    def processes(self) -> dict[int, str]:
+        """The command lines of all that runs of this plane, whoever it belongs to, by process id."""
+        found = {}
         mine = f"CELERY_METRICS_ADDR={self.environment['CELERY_METRICS_ADDR']}\0".encode()
         for process in Path("/proc").glob("[0-9]*"):
-            try:
+            with suppress(OSError):  # it ended meanwhile
                 command = (process / "cmdline").read_bytes()
-                if command and (
-                    mine in (process / "environ").read_bytes() or str(self.home).encode() in command
-                ):
-                    found.append(command.replace(b"\0", b" ").decode())
-            except OSError:  # it ended meanwhile
-                continue
+                given = (process / "environ").read_bytes()
+                if command and (mine in given or str(self.home).encode() in command):
+                    found[int(process.name)] = command.replace(b"\0", b" ").decode()
         return found
 
     def call(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -208,15 +205,12 @@ def test_code_that_cannot_be_loaded_disturbs_nothing_and_mended_code_runs(develo
 
 
 def test_a_killed_worker_starts_again(developer: Developer) -> None:
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_bytes().split(b"\0")
-            mine = str(developer.home / ".skeldir").encode() in (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if b"llm@%h" in command and mine:
-            os.killpg(int(process.name), signal.SIGKILL)
-            break
+    (main,) = (
+        pid
+        for pid, command in developer.processes().items()
+        if "llm@%h" in command and os.getpgid(pid) == pid
+    )
+    os.kill(main, signal.SIGKILL)
     developer.wait(lambda: "llm was ended by signal 9" in developer.said())
     assert "ok" in developer.ping()
 
@@ -232,4 +226,4 @@ def test_killed_it_leaves_nothing_in_the_way_and_ctrl_c_leaves_nothing_at_all(de
         assert re.search(rf"{queue}\W.*\bready\b", developer.said())
     developer.process.send_signal(signal.SIGINT)
     assert developer.process.wait(timeout=40) == 0, developer.said()
-    assert developer.processes() == []
+    assert developer.processes() == {}
