@@ -5,7 +5,9 @@
 DATABASE_URL is an empty database migrated to `celery_foundation@head`. COMMAND crashes and starts Postgres;
 without it that kind of trouble is left out. Jobs are immediate, delayed, retried and chained; one always
 kills its process. The ledger ends with what was published, ran, was given up at the delivery limit (and
-is kept), was lost, ran twice; the status is 0 when nothing was lost and the killer stopped at its limit.
+is kept), was lost, ran twice, and ran twice without having been in flight in a worker that got into
+trouble; the status is 0 when nothing was lost, the killer stopped at its limit, and none was of the last
+kind.
 """
 
 import argparse
@@ -21,11 +23,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg2
 
+Worker = subprocess.Popen[bytes]
 ROOT = Path(__file__).resolve().parent.parent
+SLACK = 1.0
+"""Seconds around a worker's trouble in which a job counts as in flight: it may have ended, but its
+acknowledgement was on its way, or not yet on the disk of a server that crashed."""
 _JOBS = ("-Q", "jobs", "-P")
 POOLS = [(*_JOBS, "prefork", "-c", "2"), (*_JOBS, "solo"), (*_JOBS, "threads", "-c", "2")]
 PUBLISH = """
@@ -48,6 +55,20 @@ if sys.argv[1] == '0': insist(tasks.poison.delay)
 """
 
 
+@dataclass
+class Hit:
+    """Trouble: from when to when, in seconds of the clock, and for which workers (None: all)."""
+
+    began: float
+    ended: float
+    workers: set[str] | None
+
+    def explains(self, worker: str, moment: float) -> bool:
+        """Whether what this worker did just then can have been lost to it."""
+        touched = self.workers is None or worker in self.workers
+        return touched and self.began - SLACK <= moment <= self.ended + SLACK
+
+
 class Chaos:
     """Workers on one database, and the trouble they get into."""
 
@@ -66,8 +87,10 @@ class Chaos:
             "LEDGER": str(self.directory / "ledger"),
             "PYTHONPATH": str(ROOT),
         }
-        self.workers: list[subprocess.Popen[bytes]] = []
+        self.workers: list[Worker] = []
+        self.numbers: dict[int, str] = {}
         self.frozen: list[tuple[float, list[int]]] = []
+        self.hits: list[Hit] = []
         self.done: Counter[str] = Counter()
         self.started = 0
 
@@ -87,10 +110,11 @@ class Chaos:
                     start_new_session=True,
                 )
             )
+        self.numbers[self.workers[-1].pid] = str(self.started)
 
     def of_worker(self, number: int) -> dict[str, str]:
         """What only one worker's environment has."""
-        return {}
+        return {"WORKER": str(number)}
 
     def publish(self, first: int, last: int) -> subprocess.Popen[bytes]:
         """Publish jobs of all kinds in a process of its own."""
@@ -106,26 +130,33 @@ class Chaos:
         if self.random.random() < 0.05:
             kinds = [self.kill_all]
         kind = self.random.choice(kinds)
-        kind()
+        began = time.time()
+        hit = kind()
+        touched = None if hit is None else {self.numbers[worker.pid] for worker in hit}
+        self.hits.append(Hit(began, time.time(), touched))
         self.done[kind.__name__] += 1
 
-    def kill_child(self) -> None:
+    def kill_child(self) -> list[Worker]:
         """SIGKILL one pool process."""
-        pids = [pid for worker in self.workers for pid in self._children(worker)]
-        if pids:
-            self._signal(self.random.choice(pids), signal.SIGKILL)
+        pids = [(pid, worker) for worker in self.workers for pid in self._children(worker)]
+        if not pids:
+            return []
+        pid, worker = self.random.choice(pids)
+        self._signal(pid, signal.SIGKILL)
+        return [worker]
 
-    def kill_main(self) -> None:
+    def kill_main(self) -> list[Worker]:
         """SIGKILL one worker; another takes its place."""
         worker = self.random.choice(self.workers)
         worker.kill()
+        return [worker]
 
     def kill_all(self) -> None:
         """SIGKILL every worker at once."""
         for worker in self.workers:
             worker.kill()
 
-    def freeze(self) -> None:
+    def freeze(self) -> list[Worker]:
         """SIGSTOP one worker with its children, cut its sessions; it goes on when it counts as dead."""
         worker = self.random.choice(self.workers)
         pids = [worker.pid, *self._children(worker)]
@@ -133,6 +164,7 @@ class Chaos:
             self._signal(pid, signal.SIGSTOP)
         self._terminate(f"application_name LIKE 'broker% {worker.pid}'")
         self.frozen.append((time.monotonic() + self.random.uniform(2, 8), pids))
+        return [worker]
 
     def cut_off(self) -> None:
         """Terminate some backends."""
@@ -151,8 +183,7 @@ class Chaos:
         due = [entry for entry in self.frozen if entry[0] <= time.monotonic()]
         self.frozen = [entry for entry in self.frozen if entry not in due]
         for _, pids in due:
-            for pid in pids:
-                self._signal(pid, signal.SIGCONT)
+            self._thaw(pids)
 
     def run(self, jobs: int, seconds: float) -> bool:
         """Publish, make trouble for so long, wait for the end; whether the ledger is right."""
@@ -180,18 +211,21 @@ class Chaos:
 
     def report(self, jobs: int, published: list[int]) -> bool:
         """Print the ledger."""
-        ledger = [line.split()[:-1] for line in (self.directory / "ledger").read_text().splitlines()]
+        ledger = [line.split() for line in (self.directory / "ledger").read_text().splitlines()]
         ended = Counter(line[1] for line in ledger if line[0] == "ended")
         wanted = [f"j{i}" for i in range(jobs)] + [f"k{i}" for i in range(jobs) if i % 5 == 3]
         given_up = self._given_up()
         lost = [name for name in wanted if not ended[name] and name not in given_up]
         poison = sum(line[:2] == ["began", "poison"] for line in ledger)
+        twice = [name for name in wanted if ended[name] > 1]
+        unexplained = self._unexplained(twice)
         result = {
             "published": len(wanted),
             "ran": sum(1 for name in wanted if ended[name]),
             "lost": len(lost),
             "given up": sum(1 for name in wanted if not ended[name] and name in given_up),
-            "ran twice": sum(1 for name in wanted if ended[name] > 1),
+            "ran twice": len(twice),
+            "of them not in flight at any trouble": len(unexplained),
             "deliveries of the killer": poison,
             "publishers that failed": sum(map(bool, published)),
             "trouble": dict(self.done),
@@ -199,19 +233,41 @@ class Chaos:
             "directory": str(self.directory),
         }
         print(json.dumps(result, indent=1))
-        return not lost and not any(published) and poison <= 3 + self.done.total()
+        return not lost and not unexplained and not any(published) and poison <= 3 + self.done.total()
 
     def stop(self) -> None:
         """End every worker."""
         for _, pids in self.frozen:
-            for pid in pids:
-                self._signal(pid, signal.SIGCONT)
+            self._thaw(pids)
         for worker in self.workers:
             worker.terminate()
         for worker in self.workers:
             with suppress(subprocess.TimeoutExpired):
                 worker.wait(20)
             worker.kill()
+
+    def _thaw(self, pids: list[int]) -> None:
+        for pid in pids:
+            self._signal(pid, signal.SIGCONT)
+        # What it held was taken from it meanwhile, and it goes on with it.
+        now = time.time()
+        self.hits.append(Hit(now, now, {self.numbers[pids[0]]}))
+
+    def _unexplained(self, names: list[str]) -> list[str]:
+        """Jobs none of whose runs was in flight in a worker that got into trouble.
+
+        A run of the one that published it counts as well: where that was repeated, so is what it published.
+        """
+        runs: dict[str, list[tuple[str, float]]] = {name[1:]: [] for name in names}
+        for line in (self.directory / "ledger").read_text().splitlines():
+            _, name, *_, worker, moment = line.split()
+            if name[1:] in runs:
+                runs[name[1:]].append((worker, float(moment)))
+        return [
+            name
+            for name in names
+            if not any(hit.explains(*run) for run in runs[name[1:]] for hit in self.hits)
+        ]
 
     def _given_up(self) -> set[str]:
         """Jobs whose message is kept as dead: at its delivery limit, the last death being its own.
@@ -249,7 +305,7 @@ class Chaos:
             session.close()
 
     @staticmethod
-    def _children(worker: subprocess.Popen[bytes]) -> list[int]:
+    def _children(worker: Worker) -> list[int]:
         with suppress(OSError):
             return [
                 int(pid) for pid in Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()

@@ -5,7 +5,6 @@ retries, both time limits and a child that was killed (docs.celeryq.dev, "Reques
 Signals do not: `task_failure` is sent twice for one hard time limit, and a killed child sends none.
 """
 
-from threading import Lock
 from time import monotonic, time
 from typing import Any, ClassVar
 
@@ -15,11 +14,9 @@ from celery.worker.request import Request
 
 from app.observability.context import PUBLISHED_HEADER
 from app.observability.health import Pulse
-from app.observability.metrics import TaskMetrics, TaskSeries
+from app.observability.metrics import TaskMetrics, TaskSeries, lock
 
-# Start and end of one delivery can be reported by two threads of the pool at the same time, and one thread
-# at a time is to change a number.
-_lock = Lock()
+_NUMBER = (int, float)
 
 
 class MeteredRequest(Request):
@@ -44,15 +41,17 @@ class MeteredRequest(Request):
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """A process of the pool took it."""
         self._accepted_at = time_accepted
-        self._begin()
+        with lock:
+            if not self._began:
+                self._count_begin()
         if self.pulse.tasks_hold_the_loop:
             self.pulse.hold(self.time_limits[0] or self.task.time_limit)
         super().on_accepted(pid, time_accepted)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """A time limit passed. The soft one is raised inside the task, which may still end in any way."""
-        with _lock:
-            self._of_metrics().timeout["soft" if soft else "hard"].inc()
+        with lock:
+            self._of_metrics().timeout["soft" if soft else "hard"] += 1
         if not soft:
             self._end("failure", TimeLimitExceeded())
         super().on_timeout(soft, timeout)
@@ -87,24 +86,18 @@ class MeteredRequest(Request):
             self._series = self.metrics.of(self.task.name, self.metrics.queue_of(self.delivery_info))
         return self._series
 
-    def _begin(self) -> None:
-        with _lock:
-            self._count_begin()
-
     def _count_begin(self) -> None:
-        if self._began:
-            return
         self._began = True
         series = self._of_metrics()
-        series.started.inc()
-        series.in_flight.inc()
-        published = self.request_dict.get(PUBLISHED_HEADER)
+        series.started += 1
+        published = self._request_dict.get(PUBLISHED_HEADER)
         # Another delivery waited for something else: that the worker which had the first one died.
-        if isinstance(published, int | float) and not self.delivery_info.get("redelivered"):
-            series.queue_wait.observe(max(0.0, time() - published))
+        if isinstance(published, _NUMBER) and not self.delivery_info.get("redelivered"):
+            waited = time() - published
+            series.queue_wait.observe(waited if waited > 0 else 0.0)
 
     def _end(self, outcome: str, error: BaseException | None = None) -> None:
-        with _lock:
+        with lock:
             if self._ended:
                 return
             self._ended = True
@@ -115,24 +108,23 @@ class MeteredRequest(Request):
     def _count_end(self, outcome: str, error: BaseException | None) -> None:
         series = self._of_metrics()
         if outcome in ("revoked", "expired"):  # it never ran
-            series.revoked[outcome].inc()
+            series.revoked[outcome] += 1
             return
-        self._count_begin()  # a process can be lost before it said that it took the task
-        series.in_flight.dec()
-        match outcome:
-            case "success":
-                series.success.inc()
-            case "retry":
-                series.retry.inc()
-            case "terminated":
-                series.revoked[outcome].inc()
-            case _:
-                # Celery, too, takes these for a lost process.
-                if isinstance(error, SystemExit | KeyboardInterrupt):
-                    error = WorkerLostError()
-                series.failure[self.metrics.kind_of(error or Exception())].inc()
-                if isinstance(error, WorkerLostError):
-                    series.worker_lost.inc()
+        if not self._began:  # a process can be lost before it said that it took the task
+            self._count_begin()
+        if outcome == "success":
+            series.success += 1
+        elif outcome == "retry":
+            series.retry += 1
+        elif outcome == "terminated":
+            series.revoked[outcome] += 1
+        else:
+            # Celery, too, takes these for a lost process.
+            if isinstance(error, SystemExit | KeyboardInterrupt):
+                error = WorkerLostError()
+            series.failure[self.metrics.kind_of(error or Exception())] += 1
+            if isinstance(error, WorkerLostError):
+                series.worker_lost += 1
         if self._runtime is None:
             self._runtime = monotonic() - self._accepted_at if self._accepted_at else 0.0
         series.duration.observe(self._runtime)

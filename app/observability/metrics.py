@@ -11,7 +11,8 @@ counts by itself: a message that came back because its process died was started,
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -40,26 +41,14 @@ _KNOWN = (
 
 _LABELS = ("task_name", "queue")
 
-
-class Count:
-    """A number that one thread changes at a time."""
-
-    __slots__ = ("value",)
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def inc(self) -> None:
-        """One more."""
-        self.value += 1
-
-    def dec(self) -> None:
-        """One less."""
-        self.value -= 1
+# Start and end of one delivery can be reported by two threads of the pool at the same time, and a scrape by
+# a third.
+lock = Lock()
+"""Held by who changes numbers, and by who reads them: a scrape shows one moment."""
 
 
 class Distribution:
-    """Seconds, by upper bounds; one thread adds at a time."""
+    """Seconds, by upper bounds."""
 
     __slots__ = ("_bounds", "_counts", "_sum")
 
@@ -80,21 +69,6 @@ class Distribution:
         family.add_metric(labels, list(zip(names, counts, strict=True)), self._sum)
 
 
-class TaskSeries(NamedTuple):
-    """All series of one task on one queue."""
-
-    started: Count
-    success: Count
-    failure: Mapping[str, Count]
-    retry: Count
-    revoked: Mapping[str, Count]
-    timeout: Mapping[str, Count]
-    worker_lost: Count
-    in_flight: Count
-    duration: Distribution
-    queue_wait: Distribution
-
-
 _COUNTERS = {
     "started": "Deliveries a process of the pool began to run.",
     "success": "Runs that returned, or ended themselves by Ignore.",
@@ -110,6 +84,29 @@ _HISTOGRAMS = {
     " but for jobs with an ETA or a countdown.",
     "duration": "Time a run took, however it ended.",
 }
+
+
+class TaskSeries:
+    """All numbers of one task on one queue, each changed and read under `lock`."""
+
+    __slots__ = (*_COUNTERS, *_HISTOGRAMS)
+
+    def __init__(self, exceptions: Iterable[str]) -> None:
+        self.started = 0
+        self.success = 0
+        self.failure = dict.fromkeys(exceptions, 0)
+        self.retry = 0
+        self.revoked = dict.fromkeys(REVOKED, 0)
+        self.timeout = dict.fromkeys(TIMEOUTS, 0)
+        self.worker_lost = 0
+        self.queue_wait = Distribution(QUEUE_WAIT_BOUNDS)
+        self.duration = Distribution(BUCKETS)
+
+    @property
+    def in_flight(self) -> int:
+        """Runs that began and have not ended."""
+        ended = self.success + sum(self.failure.values()) + self.retry + self.revoked["terminated"]
+        return self.started - ended
 
 
 class TaskMetrics(Collector):
@@ -137,27 +134,30 @@ class TaskMetrics(Collector):
         self._exceptions = (*sorted({*_KNOWN, *transient}), OTHER)
         self.registry.register(self)
 
-    def collect(self) -> Iterator[Metric]:
-        """The families, as they are now."""
-        found = list(self._series.items())
+    def collect(self) -> list[Metric]:
+        """The families, as they are at one moment."""
+        with lock:
+            return list(self._families())
+
+    def _families(self) -> Iterator[Metric]:
         for name, documentation in _COUNTERS.items():
             more = [_MORE_LABELS[name]] if name in _MORE_LABELS else []
             counter = CounterMetricFamily(f"celery_task_{name}", documentation, labels=[*_LABELS, *more])
-            for labels, series in found:
-                counts = getattr(series, name)
+            for labels, series in self._series.items():
+                number = getattr(series, name)
                 if more:
-                    for label, count in counts.items():
-                        counter.add_metric((*labels, label), count.value)
+                    for label, each in number.items():
+                        counter.add_metric((*labels, label), each)
                 else:
-                    counter.add_metric(labels, counts.value)
+                    counter.add_metric(labels, number)
             yield counter
         gauge = GaugeMetricFamily("celery_task_in_flight", "Runs going on just now.", labels=_LABELS)
-        for labels, series in found:
-            gauge.add_metric(labels, series.in_flight.value)
+        for labels, series in self._series.items():
+            gauge.add_metric(labels, series.in_flight)
         yield gauge
         for name, documentation in _HISTOGRAMS.items():
             histogram = HistogramMetricFamily(f"celery_task_{name}_seconds", documentation, labels=_LABELS)
-            for labels, series in found:
+            for labels, series in self._series.items():
                 getattr(series, name).add_to(histogram, labels)
             yield histogram
 
@@ -165,18 +165,7 @@ class TaskMetrics(Collector):
         """The series of a task on a queue; they begin at 0 when first asked for, all together."""
         series = self._series.get((task_name, queue))
         if series is None:
-            series = self._series[task_name, queue] = TaskSeries(
-                Count(),
-                Count(),
-                {name: Count() for name in self._exceptions},
-                Count(),
-                {reason: Count() for reason in REVOKED},
-                {kind: Count() for kind in TIMEOUTS},
-                Count(),
-                Count(),
-                Distribution(BUCKETS),
-                Distribution(QUEUE_WAIT_BOUNDS),
-            )
+            series = self._series[task_name, queue] = TaskSeries(self._exceptions)
         return series
 
     def begin_at_zero(self, queues: Iterable[str]) -> None:

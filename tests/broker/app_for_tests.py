@@ -35,7 +35,8 @@ LEDGER = Path(os.environ["LEDGER"])
 def note(line: str) -> None:
     """One line in the ledger, whole whoever else writes or is killed."""
     file = os.open(LEDGER, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(file, f"{line} {time.time():.6f}\n".encode())
+    worker = os.environ.get("WORKER", "")  # where several are told apart
+    os.write(file, f"{line} {worker and worker + ' '}{time.time():.6f}\n".encode())
     os.close(file)
 
 
@@ -50,6 +51,7 @@ def job(name: str, seconds: float = 0.0) -> None:
 @celery.task(bind=True, max_retries=1)
 def retrying(self, name: str) -> None:  # type: ignore[no-untyped-def]
     """Retry once, a second later."""
+    note(f"tried {name}")
     if not self.request.retries:
         raise self.retry(countdown=0.5)
     note(f"ended {name}")
@@ -59,6 +61,7 @@ def retrying(self, name: str) -> None:  # type: ignore[no-untyped-def]
 def parent(name: str) -> None:
     """Publish a job from inside a job."""
     job.delay(name)
+    note(f"passed {name}")
 
 
 @celery.task(bind=True)

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from secrets import token_hex
 
 import pytest
 from testinfra.host import Host
 
-from tests.lab import INVENTORY, SHEET, Run, copy_tree, site
+from tests.lab import SHEET, Run, copy_tree, site
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -75,11 +76,11 @@ class TestRefused:
 
     @pytest.mark.parametrize("value", [None, "", "changeme-changeme-changeme", "short"])
     def test_a_missing_or_poor_secret(self, value: str | None) -> None:
-        secrets = {path.name: path.read_text().strip() for path in (INVENTORY / ".secrets").iterdir()}
-        secrets["app_user"] = value or ""
+        given = {name: token_hex(16) for name in ("app_owner", "app_user", "app_rw", "app_ro")}
+        given["app_user"] = value or ""
         if value is None:
-            del secrets["app_user"]
-        refused(with_variables(skeldir_secrets=secrets), "app_user")
+            del given["app_user"]
+        refused(with_variables(skeldir_secrets=given), "app_user")
 
     def test_a_port_that_the_database_has(self) -> None:
         port = next(iter(SHEET.queues.values())).metrics_port
