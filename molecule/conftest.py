@@ -1,13 +1,17 @@
 """What the tests of every scenario share."""
 
-from collections.abc import Generator
+import json
+import subprocess
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import pytest
 from testinfra.host import Host
 
-from tests.lab import INVENTORY, SCENARIO, lab_host
+from tests.lab import INVENTORY, ROOT, SCENARIO, container, lab_host, sql, wait_until
 
-EXPECTED = {"default": 103, "queues": 34, "refusals": 16}
+EXPECTED = {"default": 106, "queues": 34, "refusals": 16}
 """Tests each scenario runs at least: a scenario that finds none of its tests must not be green."""
 
 
@@ -35,6 +39,47 @@ def secrets() -> list[str]:
     found = [path.read_text().strip() for path in (INVENTORY / ".secrets").iterdir()]
     assert len(found) == 4
     return found
+
+
+@dataclass
+class Ledger:
+    """What became of the jobs of a load, filled when it has ended."""
+
+    published: int = 0
+    done: int = 0
+    failed: int = 0
+    longest_gap: dict[str, float] | None = None
+    seconds: int = 0
+
+
+@pytest.fixture(scope="session")
+def load(worker: Host, database: Host) -> Callable[[int], AbstractContextManager[Ledger]]:
+    """So many jobs a second through all queues, published by the release that is current when it begins."""
+    subprocess.run(
+        ["docker", "cp", ROOT / "tests/load.py", f"{container('worker1')}:/opt/load.py"], check=True
+    )
+
+    @contextmanager
+    def loaded(rate: int) -> Iterator[Ledger]:
+        ledger = Ledger()
+        # A folder that stays, whatever is rolled out meanwhile.
+        release = worker.check_output("readlink --canonicalize /opt/skeldir/current")
+        run = f"{release}/venv/bin/python /opt/load.py"
+        environment = "CREDENTIALS_DIRECTORY=/etc/skeldir/operator"
+        worker.check_output("rm -f /opt/ledger")
+        worker.check_output(
+            f"systemd-run --collect --unit=load --setenv={environment} {run} publish {rate} /opt/ledger"
+        )
+        wait_until(lambda: worker.run("test -s /opt/ledger").rc == 0, 20)
+        try:
+            yield ledger
+        finally:
+            worker.check_output("systemctl stop load")
+        wait_until(lambda: sql(database, "SELECT count(*) FROM kombu_message") == "0", 60)
+        for name, value in json.loads(worker.check_output(f"{environment} {run} judge /opt/ledger")).items():
+            setattr(ledger, name, value)
+
+    return loaded
 
 
 @pytest.hookimpl(wrapper=True)

@@ -25,12 +25,17 @@ INVENTORY = ROOT / "inventory/lab"
 
 def lab_host(name: str) -> Host:
     """The container of this checkout, this scenario and that inventory name."""
+    return testinfra.get_host(f"docker://{container(name)}")
+
+
+def container(name: str) -> str:
+    """Its name for Docker."""
     labels = {"skeldir_checkout": ROOT, "skeldir_scenario": SCENARIO, "skeldir_host": name}
     filters = [f"--filter=label={label}={value}" for label, value in labels.items()]
     listed = subprocess.run(
         ["docker", "ps", *filters, "--format={{.Names}}"], capture_output=True, text=True, check=True
     )
-    return testinfra.get_host(f"docker://{listed.stdout.strip()}")
+    return listed.stdout.strip()
 
 
 def unit(queue: str) -> str:
@@ -124,13 +129,18 @@ WITHOUT_MONITORING = {"default", "refusals"}
 
 def site(*arguments: str, tree: Path = ROOT, env: dict[str, str] | None = None) -> Run:
     """Run a tree's `site.yml` on this scenario's lab hosts."""
+    return playbook("site.yml", *arguments, tree=tree, env=env)
+
+
+def playbook(name: str, *arguments: str, tree: Path = ROOT, env: dict[str, str] | None = None) -> Run:
+    """Run a tree's playbook on this scenario's lab hosts."""
     if SCENARIO in WITHOUT_MONITORING:
         arguments = ("--skip-tags=monitoring", *arguments)
     done = subprocess.run(
         [
             Path(sys.executable).with_name("ansible-playbook"),
             f"--inventory={INVENTORY}",
-            "site.yml",
+            name,
             *arguments,
         ],
         cwd=tree,
