@@ -46,6 +46,7 @@ def publish(i):
     elif kind == 2: tasks.parent.delay(f'j{i}')
     elif kind == 3: (tasks.job.si(f'j{i}', 0.02) | tasks.job.si(f'k{i}')).delay()
     else: tasks.job.delay(f'j{i}', 0.05)
+    tasks.note(f'sent j{i}')
 def insist(function, *arguments):
     while True:
         try: return function(*arguments)
@@ -119,7 +120,9 @@ class Chaos:
     def publish(self, first: int, last: int) -> subprocess.Popen[bytes]:
         """Publish jobs of all kinds in a process of its own."""
         return subprocess.Popen(
-            [sys.executable, "-c", PUBLISH, str(first), str(last)], cwd=ROOT, env=self.environment
+            [sys.executable, "-c", PUBLISH, str(first), str(last)],
+            cwd=ROOT,
+            env=self.environment | {"WORKER": "publisher"},
         )
 
     def trouble(self) -> None:
@@ -256,7 +259,8 @@ class Chaos:
     def _unexplained(self, names: list[str]) -> list[str]:
         """Jobs none of whose runs was in flight in a worker that got into trouble.
 
-        A run of the one that published it counts as well: where that was repeated, so is what it published.
+        A run of the one that published it counts as well: where that was repeated, so is what it published;
+        so does the moment it was sent: who had no answer from a server that crashed has sent it again.
         """
         runs: dict[str, list[tuple[str, float]]] = {name[1:]: [] for name in names}
         for line in (self.directory / "ledger").read_text().splitlines():

@@ -4,12 +4,11 @@ import json
 import subprocess
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 
 import pytest
 from testinfra.host import Host
 
-from tests.lab import INVENTORY, ROOT, SCENARIO, container, lab_host, sql, wait_until
+from tests.lab import INVENTORY, ROOT, SCENARIO, Ledger, container, lab_host, sql, wait_until
 
 EXPECTED = {"default": 106, "queues": 34, "refusals": 16}
 """Tests each scenario runs at least: a scenario that finds none of its tests must not be green."""
@@ -39,17 +38,6 @@ def secrets() -> list[str]:
     found = [path.read_text().strip() for path in (INVENTORY / ".secrets").iterdir()]
     assert len(found) == 4
     return found
-
-
-@dataclass
-class Ledger:
-    """What became of the jobs of a load, filled when it has ended."""
-
-    published: int = 0
-    done: int = 0
-    failed: int = 0
-    longest_gap: dict[str, float] | None = None
-    seconds: int = 0
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,17 @@ def samples(text: str) -> dict[tuple[str, str], float]:
 
 
 @dataclass
+class Ledger:
+    """What became of the jobs of a load, filled when it has ended."""
+
+    published: int = 0
+    done: int = 0
+    failed: int = 0
+    longest_gap: dict[str, float] | None = None
+    seconds: int = 0
+
+
+@dataclass
 class Run:
     """How an `ansible-playbook` ended."""
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import pytest
 from testinfra.host import Host
 
-from molecule.conftest import Ledger
-from tests.lab import INVENTORY, invocations, playbook, python, site, sql
+from tests.lab import INVENTORY, Ledger, invocations, playbook, python, site, sql
 
 pytestmark = pytest.mark.timeout(600)
 
