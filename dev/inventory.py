@@ -45,6 +45,8 @@ SHARED = {
         "needed: passwords of at least 16 characters for `app_owner`, `app_user`, `app_rw` and `app_ro`,"
         " best in a vault; `grafana_admin` where there is Grafana",
     ),
+    "skeldir_secrets_next": ("all", "the same, new, while `playbooks/rotate.yml` puts them in place"),
+    "skeldir_login_suffix": ("nowhere", "what `playbooks/rotate.yml` adds to the database roles' names"),
     "skeldir_queue_overrides": (
         "all",
         'numbers of this environment by queue, such as `{"llm": {"concurrency": 4}}`: `concurrency`,'
