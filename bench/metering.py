@@ -1,10 +1,11 @@
 """What metering costs: one worker drains the same messages with and without it, in turns.
 
-    python -m bench.metering [--rounds 9] [--jobs 5000]
+    python -m bench.metering [--rounds 9] [--jobs 10000]
 
 Metered is what every worker of the plane is: counters and histograms, the pulse of the loop, the probe of the
 database, the HTTP server, and the header that says when a message was published. The promise: at most 3 % of
 the throughput. The machine must be quiet; how much the rounds differ among themselves is printed beside.
+The CPU time of a job, of the worker and its children, differs less than the rate does.
 """
 
 from dataclasses import replace
@@ -26,7 +27,7 @@ POOLS = {"solo": ["--pool", "solo"], "prefork -c 2": ["--pool", "prefork", "-c",
 def main(
     *,
     rounds: Annotated[int, typer.Option(min=3, help="Pairs of drains a pool.")] = 9,
-    jobs: Annotated[int, typer.Option(min=500, help="Messages a drain.")] = 5000,
+    jobs: Annotated[int, typer.Option(min=500, help="Messages a drain.")] = 10000,
     limit: Annotated[float, typer.Option(help="Share of the throughput it may cost.")] = LIMIT,
 ) -> None:
     """Drain in pairs, print medians, fail when metering costs more than it may."""
@@ -41,24 +42,34 @@ def main(
 def measure(plain: Contender, options: list[str], rounds: int, jobs: int, pool: str) -> float:
     """The share of throughput that metering costs one pool: the median of all pairs."""
     metered = replace(plain, metered=True)
-    pairs: list[tuple[float, float]] = []
+    pairs: list[tuple[tuple[float, float], tuple[float, float]]] = []
     for number in range(rounds):
         # Who comes second finds warmer caches and a fuller table.
         order = (plain, metered) if number % 2 else (metered, plain)
-        rates = {contender.metered: measures.drain(contender, jobs, options) for contender in order}
-        pairs.append((rates[False], rates[True]))
-    costs = [1 - with_it / without for without, with_it in pairs]
-    low, middle, high = quantiles(costs, n=4, method="inclusive")
-    table = Table("drain", "plain /s", "metered /s", "costs", "half of the pairs lie between")
+        seen = {contender.metered: measures.drain_and_cpu(contender, jobs, options) for contender in order}
+        pairs.append((seen[False], seen[True]))
+    costs = [1 - with_it[0] / without[0] for without, with_it in pairs]
+    table = Table("drain", "without", "metered", "costs", "half of the pairs lie between")
     table.add_row(
-        pool,
-        f"{median(without for without, _ in pairs):,.0f}",
-        f"{median(with_it for _, with_it in pairs):,.0f}",
-        f"{middle:.1%}",
-        f"{low:.1%} and {high:.1%}",
+        f"{pool}, jobs /s",
+        f"{median(without[0] for without, _ in pairs):,.0f}",
+        f"{median(with_it[0] for _, with_it in pairs):,.0f}",
+        *_spread([f"{cost:.1%}" for cost in quantiles(costs, n=4, method="inclusive")]),
     )
-    Console(width=100).print(table)
-    return middle
+    more = [(with_it[1] - without[1]) * 1e6 for without, with_it in pairs]
+    table.add_row(
+        f"{pool}, CPU a job",
+        f"{median(without[1] for without, _ in pairs) * 1e6:.1f} us",
+        f"{median(with_it[1] for _, with_it in pairs) * 1e6:.1f} us",
+        *_spread([f"{each:+.1f} us" for each in quantiles(more, n=4, method="inclusive")]),
+    )
+    Console(width=110).print(table)
+    return median(costs)
+
+
+def _spread(quarters: list[str]) -> tuple[str, str]:
+    low, middle, high = quarters
+    return middle, f"{low} and {high}"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ timers have a thread of their own, and go on ticking while the loop stands still
 """
 
 import logging
+import math
+import time
 from typing import Any, ClassVar
 
 from celery.concurrency.solo import TaskPool as SoloPool
@@ -12,6 +14,7 @@ from celery.worker import loops, state
 from celery.worker.consumer import Consumer
 
 from app.observability.health import Health
+from app.observability.metering import running
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +30,9 @@ class WatchedConsumer(Consumer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.health.pulse.tasks_hold_the_loop = isinstance(self.pool, SoloPool)
+        self._pulse = self.health.pulse
+        if isinstance(self.pool, SoloPool):
+            self._pulse.held = _held
         self.health.consumer = self
 
     def loop(self, *args: Any) -> None:
@@ -44,8 +49,8 @@ class WatchedConsumer(Consumer):
         super().on_ready()
 
     def perform_pending_operations(self) -> None:
-        """Called by the blocking loop in each of its cycles, of two seconds at most."""
-        self.health.pulse.tick()
+        """Called by the blocking loop in each of its cycles: after each message, and every two seconds."""
+        self._pulse.ticked_at = time.monotonic()
         super().perform_pending_operations()
 
     def register_with_event_loop(self, hub: Any) -> None:
@@ -83,3 +88,8 @@ class WatchedConsumer(Consumer):
         )
         self.health.draining = True
         super().stop()
+
+
+def _held() -> float:
+    limits = [request.time_limits[0] or request.task.time_limit or math.inf for request in running()]
+    return max(limits, default=0.0)

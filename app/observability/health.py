@@ -36,21 +36,19 @@ class Pulse:
 
     def __init__(self, bound: float) -> None:
         self.bound = bound
-        self.tasks_hold_the_loop = False
-        self._last = time.monotonic()
+        self.ticked_at = time.monotonic()
+        """When the loop last moved."""
+        self.held: Callable[[], float] = lambda: 0.0
+        """For how long what runs inside of the loop now may hold it; `math.inf` when nobody knows."""
 
     def tick(self) -> None:
         """The loop moved."""
-        self._last = time.monotonic()
-
-    def hold(self, seconds: float | None) -> None:
-        """The loop will not move for up to `seconds` (None: nobody knows), for a good reason."""
-        self._last = time.monotonic() + (math.inf if seconds is None else seconds)
+        self.ticked_at = time.monotonic()
 
     @property
     def last(self) -> float:
-        """When the loop last moved; in the future while it is held."""
-        return self._last
+        """When the loop last moved; in the future while a task may hold it."""
+        return self.ticked_at + self.held()
 
 
 class Consuming(Protocol):

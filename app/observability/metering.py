@@ -5,31 +5,32 @@ retries, both time limits and a child that was killed (docs.celeryq.dev, "Reques
 Signals do not: `task_failure` is sent twice for one hard time limit, and a killed child sends none.
 """
 
-from time import monotonic, time
+from time import time
 from typing import Any, ClassVar
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery.exceptions import Ignore, Reject, Retry, Terminated, TimeLimitExceeded, WorkerLostError
+from celery.worker import state
 from celery.worker.request import Request
 
 from app.observability.context import PUBLISHED_HEADER
-from app.observability.health import Pulse
 from app.observability.metrics import TaskMetrics, TaskSeries, lock
 
 _NUMBER = (int, float)
 
 
 class MeteredRequest(Request):
-    """A delivery that is counted once when it starts and once when it ends, whatever ends it first."""
+    """A delivery that is counted once, whatever ends it first.
+
+    Its start is counted when it ends, or before that when somebody looks (`count_starts`): most jobs are
+    over long before, and pay for one look at the numbers instead of two.
+    """
 
     metrics: ClassVar[TaskMetrics]
-    pulse: ClassVar[Pulse]
 
-    _began = False
-    _ended = False
-    _accepted_at: float | None = None
     _runtime: float | None = None
-    _series: TaskSeries | None = None
+    _series: TaskSeries | None = None  # once its start was counted
+    _ended = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         # For every task Celery derives a class with an `on_success` of its own, which never calls that of
@@ -37,16 +38,6 @@ class MeteredRequest(Request):
         super().__init_subclass__(**options)
         if "on_success" in vars(cls):
             cls.on_success = _metered(cls.on_success)
-
-    def on_accepted(self, pid: int, time_accepted: float) -> None:
-        """A process of the pool took it."""
-        self._accepted_at = time_accepted
-        with lock:
-            if not self._began:
-                self._count_begin()
-        if self.pulse.tasks_hold_the_loop:
-            self.pulse.hold(self.time_limits[0] or self.task.time_limit)
-        super().on_accepted(pid, time_accepted)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """A time limit passed. The soft one is raised inside the task, which may still end in any way."""
@@ -82,36 +73,34 @@ class MeteredRequest(Request):
         super()._announce_cancelled(*args, **options)
 
     def _of_metrics(self) -> TaskSeries:
-        if self._series is None:
-            self._series = self.metrics.of(self.task.name, self.metrics.queue_of(self.delivery_info))
-        return self._series
+        delivery = self._delivery_info
+        return self.metrics.of_delivery(self._task.name, delivery["exchange"], delivery["routing_key"])
 
-    def _count_begin(self) -> None:
-        self._began = True
-        series = self._of_metrics()
+    def count_start(self) -> TaskSeries:
+        """Count that it began to run, once. The caller has the lock."""
+        if self._series is not None:
+            return self._series
+        series = self._series = self._of_metrics()
         series.started += 1
         published = self._request_dict.get(PUBLISHED_HEADER)
         # Another delivery waited for something else: that the worker which had the first one died.
-        if isinstance(published, _NUMBER) and not self.delivery_info.get("redelivered"):
-            waited = time() - published
+        if isinstance(published, _NUMBER) and not self._delivery_info["redelivered"]:
+            waited = (self.time_start or time()) - published
             series.queue_wait.observe(waited if waited > 0 else 0.0)
+        return series
 
     def _end(self, outcome: str, error: BaseException | None = None) -> None:
         with lock:
-            if self._ended:
-                return
-            self._ended = True
-            self._count_end(outcome, error)
-        if self.pulse.tasks_hold_the_loop and self._began:
-            self.pulse.tick()
+            if not self._ended:
+                self._ended = True
+                self._count_end(outcome, error)
 
     def _count_end(self, outcome: str, error: BaseException | None) -> None:
-        series = self._of_metrics()
         if outcome in ("revoked", "expired"):  # it never ran
-            series.revoked[outcome] += 1
+            self._of_metrics().revoked[outcome] += 1
             return
-        if not self._began:  # a process can be lost before it said that it took the task
-            self._count_begin()
+        # A process can be lost before it said that it took the task.
+        series = self.count_start()
         if outcome == "success":
             series.success += 1
         elif outcome == "retry":
@@ -126,8 +115,21 @@ class MeteredRequest(Request):
             if isinstance(error, WorkerLostError):
                 series.worker_lost += 1
         if self._runtime is None:
-            self._runtime = monotonic() - self._accepted_at if self._accepted_at else 0.0
+            self._runtime = max(0.0, time() - self.time_start) if self.time_start else 0.0
         series.duration.observe(self._runtime)
+
+
+def running() -> list[Any]:
+    """The deliveries that the pool runs now, of any class; from any thread."""
+    # Celery goes on adding and taking away; a set is copied at one moment, a WeakSet is not.
+    return [request for ref in state.active_requests.data.copy() if (request := ref()) is not None]
+
+
+def count_starts() -> None:
+    """Count the starts of those that run now. The caller has the lock."""
+    for request in running():
+        if isinstance(request, MeteredRequest):
+            request.count_start()
 
 
 def _unwrapped(error: BaseException) -> BaseException:
@@ -148,12 +150,19 @@ def _outcome(error: BaseException) -> str:
 
 
 def _metered(celerys_own: Any) -> Any:
-    def on_success(self: MeteredRequest, result: Any, **options: Any) -> Any:
+    def on_success(self: MeteredRequest, result: Any) -> Any:
         if isinstance(result, ExceptionInfo):  # what solo and threads report for SystemExit and its like
             return self.on_failure(result)
-        failed, _, self._runtime = result
-        if not failed:
-            self._end("success")
-        return celerys_own(self, result, **options)  # comes to on_failure when it failed
+        failed, _, runtime = result
+        if failed:
+            self._runtime = runtime
+        else:
+            with lock:
+                if not self._ended:
+                    self._ended = True
+                    series = self.count_start()
+                    series.success += 1
+                    series.duration.observe(runtime)
+        return celerys_own(self, result)  # comes to on_failure when it failed
 
     return on_success

@@ -9,10 +9,10 @@ counts by itself: a message that came back because its process died was started,
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from itertools import accumulate
 from threading import Lock
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -41,8 +41,7 @@ _KNOWN = (
 
 _LABELS = ("task_name", "queue")
 
-# Start and end of one delivery can be reported by two threads of the pool at the same time, and a scrape by
-# a third.
+# Ends can be reported by several threads at the same time, and numbers asked for by another.
 lock = Lock()
 """Held by who changes numbers, and by who reads them: a scrape shows one moment."""
 
@@ -132,11 +131,17 @@ class TaskMetrics(Collector):
             for name in policy.transient
         }
         self._exceptions = (*sorted({*_KNOWN, *transient}), OTHER)
+        # Found anew for every delivery; bounded, because a message chooses what is asked for.
+        self.of_delivery = lru_cache(maxsize=1000)(self._of_delivery)
+        """The series of a task on the queue that an exchange and a routing key lead to, else on `OTHER`."""
+        self.count_starts: Callable[[], None] = lambda: None
+        """Called under `lock` before the numbers are read."""
         self.registry.register(self)
 
     def collect(self) -> list[Metric]:
         """The families, as they are at one moment."""
         with lock:
+            self.count_starts()
             return list(self._families())
 
     def _families(self) -> Iterator[Metric]:
@@ -182,10 +187,8 @@ class TaskMetrics(Collector):
         """A queue's name as a label: its own, or `OTHER` when it is not in the sheet."""
         return queue if queue in self._sheet.queues else OTHER
 
-    def queue_of(self, delivery_info: Mapping[str, Any]) -> str:
-        """The queue that a message was delivered from, by its exchange and routing key; else `OTHER`."""
-        key = (delivery_info.get("exchange") or "", delivery_info.get("routing_key"))
-        return self._queues.get(key, OTHER)  # type: ignore[arg-type]
+    def _of_delivery(self, task_name: str, exchange: str | None, routing_key: str) -> TaskSeries:
+        return self.of(task_name, self._queues.get((exchange or "", routing_key), OTHER))
 
     def kind_of(self, error: BaseException) -> str:
         """The label of an exception: the nearest of its classes that has one, else `OTHER`.

@@ -17,7 +17,7 @@ from app.core.topology import Topology
 from app.observability.consumer import WatchedConsumer
 from app.observability.context import PUBLISHED_HEADER
 from app.observability.health import DatabaseProbe, Health, Pulse
-from app.observability.metering import MeteredRequest
+from app.observability.metering import MeteredRequest, count_starts
 from app.observability.metrics import TaskMetrics
 from app.observability.server import Server
 from app.observability.systemd import notify, watchdog_seconds
@@ -59,7 +59,8 @@ def _watch(app: Celery, conf: Any, options: dict[str, Any], sheet: Topology, loo
     health, metrics, server = _prepare(sheet, _queues(options, sheet), loop_bound)
 
     # In the worker's main process, before the pool exists.
-    app.Task.Request = type("Request", (MeteredRequest,), {"metrics": metrics, "pulse": health.pulse})
+    app.Task.Request = type("Request", (MeteredRequest,), {"metrics": metrics})
+    metrics.count_starts = count_starts
     conf.worker_consumer = type("Consumer", (WatchedConsumer,), {"health": health})
 
     server.start()

@@ -25,7 +25,7 @@ def health(
 ) -> Health:
     """Health of a worker that is well, but for what is said."""
     pulse = Pulse(BOUND)
-    pulse.hold(-loop_age)
+    pulse.ticked_at -= loop_age
     probe: Any = SimpleNamespace(reachable=reachable, away_at=-math.inf)
     found = Health(pulse, probe)
     found.draining = draining
