@@ -100,6 +100,19 @@ def describe() -> dict[str, Any]:
     }
 
 
+def find(identity: str, python: str, arch: str, folder: Path) -> tuple[dict[str, Any], Path]:
+    """What `release.json` says in the archive of a release that was built before, and that archive."""
+    archive = folder / f"skeldir-{identity}-py{python}-{arch}.tar.gz"
+    if not archive.exists():
+        built = sorted(path.name for path in folder.glob(f"skeldir-*-py{python}-{arch}.tar.gz"))
+        raise BuildError(f"{archive.name} is not in {folder}, which has {', '.join(built) or 'no release'}")
+    with tarfile.open(archive) as tar:
+        member = tar.extractfile("release.json")
+        if member is None:
+            raise BuildError(f"{archive} holds no release.json")
+        return json.load(member), archive
+
+
 def locked(name: str, lock: Path) -> str:
     """One package's lines, hashes included, out of a lock file."""
     lines = lock.read_text().splitlines()
@@ -196,18 +209,25 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--describe", action="store_true", help="only print release.json; build nothing")
+    parser.add_argument(
+        "--release", help="the id of a release that was built before, instead of this checkout's"
+    )
     parser.add_argument("--python", default="3.11", help="the target's Python, such as 3.11")
     parser.add_argument("--arch", default="x86_64", help="the target's architecture as uname -m says it")
     parser.add_argument("--dest", type=Path, default=PROJECT / "dist", help="the folder for archives")
     arguments = parser.parse_args()
     try:
+        if arguments.release:
+            release, archive = find(arguments.release, arguments.python, arguments.arch, arguments.dest)
+            print(json.dumps(release | {"archive": str(archive), "built": False}))
+            return 0
         release = describe()
         archive = arguments.dest / f"skeldir-{release['id']}-py{arguments.python}-{arguments.arch}.tar.gz"
         built = not arguments.describe and not archive.exists()
         if built:
             build(release, arguments.python, arguments.arch, archive)
     except (BuildError, TopologyError, OSError) as error:
-        print(f"The release can't be built: {error}.", file=sys.stderr)
+        print(f"The release can't be had: {error}.", file=sys.stderr)
         return 1
     print(json.dumps(release | {"archive": str(archive), "built": built}))
     return 0

@@ -21,6 +21,11 @@ ROOT = Path(__file__).parents[1]
 SHEET = load_topology()
 SCENARIO = os.environ.get("MOLECULE_SCENARIO_NAME", "")
 INVENTORY = ROOT / "inventory/lab"
+INVENTORIES = (
+    [ROOT / "inventory/production", ROOT / "molecule/fleet/inventory"] if SCENARIO == "fleet" else [INVENTORY]
+)
+"""The example inventory of several hosts, with what makes lab hosts of them; or the lab's own."""
+DOMAIN = ".example.net" if SCENARIO == "fleet" else ""
 
 
 def lab_host(name: str) -> Host:
@@ -30,10 +35,10 @@ def lab_host(name: str) -> Host:
 
 def container(name: str) -> str:
     """Its name for Docker."""
-    labels = {"skeldir_checkout": ROOT, "skeldir_scenario": SCENARIO, "skeldir_host": name}
+    labels = {"skeldir_checkout": ROOT, "skeldir_scenario": SCENARIO, "skeldir_host": name + DOMAIN}
     filters = [f"--filter=label={label}={value}" for label, value in labels.items()]
     listed = subprocess.run(
-        ["docker", "ps", *filters, "--format={{.Names}}"], capture_output=True, text=True, check=True
+        ["docker", "ps", "--all", *filters, "--format={{.Names}}"], capture_output=True, text=True, check=True
     )
     return listed.stdout.strip()
 
@@ -116,6 +121,7 @@ class Run:
 
     status: int
     output: str
+    seconds: float = 0.0
 
     @property
     def changed(self) -> int:
@@ -147,10 +153,11 @@ def playbook(name: str, *arguments: str, tree: Path = ROOT, env: dict[str, str] 
     """Run a tree's playbook on this scenario's lab hosts."""
     if SCENARIO in WITHOUT_MONITORING:
         arguments = ("--skip-tags=monitoring", *arguments)
+    began = monotonic()
     done = subprocess.run(
         [
             Path(sys.executable).with_name("ansible-playbook"),
-            f"--inventory={INVENTORY}",
+            *(f"--inventory={inventory}" for inventory in INVENTORIES),
             name,
             *arguments,
         ],
@@ -163,7 +170,7 @@ def playbook(name: str, *arguments: str, tree: Path = ROOT, env: dict[str, str] 
         timeout=600,
         check=False,
     )
-    return Run(done.returncode, done.stdout)
+    return Run(done.returncode, done.stdout, monotonic() - began)
 
 
 def copy_tree(target: Path) -> Path:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 
 from app.core.topology import Queue, load_topology
 
@@ -69,6 +71,16 @@ class TestRole:
 
 def test_every_play_stops_at_its_first_failure() -> None:
     assert re.search(r"^any_errors_fatal *= *true$", (ROOT / "ansible.cfg").read_text(), re.MULTILINE)
+
+
+def test_a_contract_migration_is_told_by_its_name_and_is_in_nobodys_way() -> None:
+    """A release from before one doesn't know it, and still must be able to say that there is no way back."""
+    scripts = ScriptDirectory.from_config(Config(ROOT / "alembic.ini"))
+    for script in scripts.walk_revisions():
+        contract = "contract" in script.branch_labels
+        assert contract == script.revision.startswith("contract_"), script.revision
+        if not contract:
+            assert not [name for name in script.dependencies or () if name.startswith("contract_")]
 
 
 def test_no_lock_file_names_an_index() -> None:
