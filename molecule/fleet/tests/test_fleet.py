@@ -28,9 +28,9 @@ RATE = 200
 RETENTION = "app.tasks.maintenance.enforce_data_retention"
 TENANT = "6f1f3c2e-58a5-4a36-9a5a-0a4b6e7c0001"
 # So that some job is always in the middle of running when its unit is stopped
-LOCKS = """DO $$ BEGIN
+LOCKS = """DO 'BEGIN
   FOR i IN 1..1000 LOOP LOCK TABLE events; PERFORM pg_sleep(2); COMMIT; PERFORM pg_sleep(0.2); END LOOP;
-END $$"""
+END'"""
 LONGEST_GAP = 5.0
 LOAD = Path(__file__).with_name("load.py")
 CONTRACT = '''"""What only the release before used is taken away."""
