@@ -6,20 +6,26 @@ until they are asked for. `targets`: what `alembic upgrade` is to be told for th
 """
 
 import json
+import sys
 
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import to_tuple
 from sqlalchemy import create_engine
+from sqlalchemy.exc import DBAPIError
 
 from app.core.config import get_settings
 from app.core.dsn import sqlalchemy_url
 
 scripts = ScriptDirectory.from_config(Config("alembic.ini"))
 known = {script.revision: script for script in scripts.walk_revisions()}
-with create_engine(sqlalchemy_url(get_settings().database_url.get_secret_value())).connect() as connection:
-    current = MigrationContext.configure(connection).get_current_heads()
+engine = create_engine(sqlalchemy_url(get_settings().database_url.get_secret_value()))
+try:
+    with engine.connect() as connection:
+        current = MigrationContext.configure(connection).get_current_heads()
+except DBAPIError as error:
+    sys.exit(str(error.orig).strip().partition("\n")[0])
 
 # A head implies what it stands on and what it depends on.
 applied: set[str] = set()
