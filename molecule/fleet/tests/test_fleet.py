@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ import pytest
 from testinfra.host import Host
 
 from tests.lab import (
+    ROOT,
     SHEET,
     container,
     copy_tree,
+    invocations,
     lab_host,
     playbook,
     python,
@@ -95,16 +98,16 @@ class Ledger:
 
 @pytest.fixture(scope="session")
 def load(worker: Host, database: Host) -> Callable[[], AbstractContextManager[Ledger]]:
-    """Jobs at a steady rate through all queues, and at the end what became of each."""
-    # A release that stays, whatever is rolled out meanwhile.
-    release = worker.check_output("readlink --canonicalize /opt/skeldir/current")
+    """Jobs at a steady rate through all queues, published by the release that is current when it begins."""
     subprocess.run(["docker", "cp", str(LOAD), f"{container('worker1')}:/opt/load.py"], check=True)
-    run = f"{release}/venv/bin/python /opt/load.py"
     environment = "CREDENTIALS_DIRECTORY=/etc/skeldir/operator"
 
     @contextmanager
     def loaded() -> Iterator[Ledger]:
         ledger = Ledger()
+        # A folder that stays, whatever is rolled out meanwhile.
+        release = worker.check_output("readlink --canonicalize /opt/skeldir/current")
+        run = f"{release}/venv/bin/python /opt/load.py"
         worker.check_output("rm -f /opt/ledger")
         worker.check_output(
             f"systemd-run --collect --unit=load --setenv={environment} {run} publish {RATE} /opt/ledger"
@@ -158,9 +161,30 @@ def nothing_lost(ledger: Ledger) -> None:
     assert (ledger.done, ledger.failed) == (ledger.published, 0), ledger
 
 
+def kept(ledger: Ledger) -> None:
+    nothing_lost(ledger)
+    assert ledger.longest_gap
+    assert max(ledger.longest_gap.values()) <= LONGEST_GAP, ledger
+
+
+@pytest.fixture(scope="session")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project before its application's last change; in a clone without a history, as it is now."""
+    tree = tmp_path_factory.mktemp("old")
+    archive = tree.with_suffix(".tar")
+    last = ["git", "log", "-1", "--format=%H^", "--", "app", "alembic", "requirements/app.txt"]
+    commit = subprocess.run(last, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    export = ["git", "archive", f"--output={archive}", commit]
+    if subprocess.run(export, cwd=ROOT, capture_output=True, check=False).returncode != 0:
+        return copy_tree(tree)
+    with tarfile.open(archive) as tar:
+        tar.extractall(tree, filter="data")
+    return tree
+
+
 @pytest.fixture(scope="session")
 def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A later release: other code for every queue, and a migration that the old one doesn't survive."""
+    """This checkout with other code for every queue, and a migration that the old one doesn't survive."""
     tree = copy_tree(tmp_path_factory.mktemp("new"))
     with (tree / "app/__init__.py").open("a") as module:
         module.write("# a later release\n")
@@ -168,8 +192,73 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
-def test_a_second_run_changes_nothing_within_a_minute(say: Callable[[str], None]) -> None:
-    run = site()
+def test_four_bare_hosts_become_a_plane(
+    old: Path, worker: Host, worker2: Host, say: Callable[[str], None]
+) -> None:
+    run = site(tree=old)
+    assert run.status == 0, run.output[-4000:]
+    assert {ready(host, queue)[0] for host in (worker, worker2) for queue in SHEET.queues} == {200}
+    say(f"the release of before, {current(worker)}, was deployed in {run.seconds:.0f} s")
+
+
+def test_a_release_rolls_forward_and_back(
+    worker: Host,
+    worker2: Host,
+    database: Host,
+    load: Callable[[], AbstractContextManager[Ledger]],
+    new: Path,
+    say: Callable[[str], None],
+) -> None:
+    """From the release of before to this one and back; each does what the other left."""
+    hosts = (worker, worker2)
+    old = current(worker)
+    since = worker2.check_output("date '+%Y-%m-%d %H:%M:%S'")
+    lock = "systemd-run --collect --unit=locks --uid=postgres psql --dbname=skeldir --command=%s"
+    database.check_output(lock, LOCKS)
+    with load() as ledger:
+        group = dead_letter(worker, database)
+        forward = site(tree=new)
+        assert forward.status == 0, forward.output[-4000:]
+        later = current(worker)
+        assert later != old
+        assert current(worker2) == later
+        assert "contract_0001" not in sql(database, "SELECT * FROM alembic_version")
+        replay(worker, group)
+    kept(ledger)
+    say(f"forward in {forward.seconds:.0f} s, {ledger}")
+    with load() as ledger:
+        group = dead_letter(worker, database)
+        back = playbook("playbooks/rollback.yml")
+        assert back.status == 0, back.output[-4000:]
+        assert {current(host) for host in hosts} == {old}
+        replay(worker, group)
+    kept(ledger)
+    say(f"back in {back.seconds:.0f} s, {ledger}")
+    database.check_output("systemctl stop locks")
+    assert [killed(host, since) for host in hosts] == ["", ""]
+
+
+def test_there_is_no_way_back_from_a_contract_migration(
+    worker: Host, worker2: Host, database: Host, new: Path
+) -> None:
+    """Once what the old release uses is taken away, there is no way back to it, and that is said first."""
+    old = current(worker)
+    narrowed = playbook("playbooks/deploy.yml", "--extra-vars=contract=true", tree=new)
+    assert narrowed.status == 0, narrowed.output[-4000:]
+    assert "contract_0001" in sql(database, "SELECT * FROM alembic_version")
+    later = current(worker)
+    started = invocations(worker)
+    refused = playbook("playbooks/rollback.yml")
+    assert refused.status != 0
+    assert any("contract_0001" in sentence and old in sentence for sentence in refused.sentences), (
+        refused.output[-3000:]
+    )
+    assert {current(host) for host in (worker, worker2)} == {later}
+    assert invocations(worker) == started
+
+
+def test_a_second_run_changes_nothing_within_a_minute(new: Path, say: Callable[[str], None]) -> None:
+    run = site(tree=new)
     assert (run.status, run.changed) == (0, 0), run.recap
     say(f"the second site.yml of four hosts took {run.seconds:.0f} s")
     assert run.seconds <= 60
@@ -199,54 +288,6 @@ def test_a_drained_host_takes_nothing_and_says_so(
     nothing_lost(ledger)
     assert killed(worker2, since) == ""
     say(f"drained in {run.seconds:.0f} s, back in {back.seconds:.0f} s, {ledger}")
-
-
-def test_a_release_rolls_forward_and_back(
-    worker: Host,
-    worker2: Host,
-    database: Host,
-    load: Callable[[], AbstractContextManager[Ledger]],
-    new: Path,
-    say: Callable[[str], None],
-) -> None:
-    hosts = (worker, worker2)
-    old = current(worker)
-    since = worker2.check_output("date '+%Y-%m-%d %H:%M:%S'")
-    with load() as ledger:
-        group = dead_letter(worker, database)
-        command = "systemd-run --collect --unit=locks --uid=postgres psql --dbname=skeldir --command=%s"
-        database.check_output(command, LOCKS)
-        forward = playbook("playbooks/deploy.yml", tree=new)
-        assert forward.status == 0, forward.output[-4000:]
-        later = current(worker)
-        assert later != old
-        assert current(worker2) == later
-        assert "contract_0001" not in sql(database, "SELECT * FROM alembic_version")
-        replay(worker, group)  # the new release does what the old one left, and the other way round
-        group = dead_letter(worker, database)
-        back = playbook("playbooks/rollback.yml")
-        assert back.status == 0, back.output[-4000:]
-        assert {current(host) for host in hosts} == {old}
-        replay(worker, group)
-        database.check_output("systemctl stop locks")
-    nothing_lost(ledger)
-    assert ledger.longest_gap
-    assert max(ledger.longest_gap.values()) <= LONGEST_GAP, ledger
-    assert [killed(host, since) for host in hosts] == ["", ""]
-    say(f"forward in {forward.seconds:.0f} s, back in {back.seconds:.0f} s, {ledger}")
-    # Once what the old release uses is taken away, there is no way back to it, and that is said first.
-    narrowed = playbook(
-        "playbooks/deploy.yml",
-        f"--extra-vars=release={later}",
-        "--extra-vars=contract=true",
-        tree=new,
-    )
-    assert narrowed.status == 0, narrowed.output[-4000:]
-    assert "contract_0001" in sql(database, "SELECT * FROM alembic_version")
-    refused = playbook("playbooks/rollback.yml")
-    assert refused.status != 0
-    assert any("contract_0001" in sentence for sentence in refused.sentences), refused.output[-3000:]
-    assert {current(host) for host in hosts} == {later}
 
 
 def test_a_release_that_does_no_job_stops_at_the_first_host(
