@@ -126,7 +126,8 @@ elif [ -z "$FAST" ]; then
   if [ ${#SCENARIOS[@]} = 0 ]; then
     COUNTING=()
     check first "the README's first command, twice" first_command
-    mapfile -t SCENARIOS < <(echo compose && cd molecule && printf '%s\n' */molecule.yml | cut -d/ -f1)
+    # `fleet` rolls releases over four hosts and takes its time: ./plane test fleet
+    mapfile -t SCENARIOS < <(echo compose && cd molecule && printf '%s\n' */molecule.yml | cut -d/ -f1 | grep -vx fleet)
   fi
   for name in "${SCENARIOS[@]}"; do
     if [ "$name" = compose ]; then
