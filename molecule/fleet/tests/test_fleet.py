@@ -1,4 +1,7 @@
-"""Several worker hosts under a steady load: drained, rolled forward and back, one killed; no job is lost."""
+"""Several worker hosts under a steady load: drained, rolled forward and back, one killed; no job is lost.
+
+The playbooks of docs/operating.md.
+"""
 
 import json
 import subprocess
