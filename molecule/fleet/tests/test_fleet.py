@@ -8,7 +8,6 @@ import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
 
@@ -18,6 +17,7 @@ from testinfra.host import Host
 from tests.lab import (
     ROOT,
     SHEET,
+    Ledger,
     container,
     copy_tree,
     invocations,
@@ -37,7 +37,6 @@ LOCKS = """DO 'BEGIN
   FOR i IN 1..1000 LOOP LOCK TABLE events; PERFORM pg_sleep(1); COMMIT; PERFORM pg_sleep(1); END LOOP;
 END'"""
 LONGEST_GAP = 5.0
-LOAD = Path(__file__).with_name("load.py")
 CONTRACT = '''"""What only the release before used is taken away."""
 
 from alembic import op
@@ -85,46 +84,6 @@ def killed(host: Host, since: str) -> str:
         ' "timed out|Killing process|Failed with result|WorkerLostError"'
     )
     return found.stdout
-
-
-@dataclass
-class Ledger:
-    """What became of the jobs of a load, filled when it has ended."""
-
-    published: int = 0
-    done: int = 0
-    failed: int = 0
-    longest_gap: dict[str, float] | None = None
-    seconds: int = 0
-
-
-@pytest.fixture(scope="session")
-def load(worker: Host, database: Host) -> Callable[[], AbstractContextManager[Ledger]]:
-    """Jobs at a steady rate through all queues, published by the release that is current when it begins."""
-    subprocess.run(["docker", "cp", str(LOAD), f"{container('worker1')}:/opt/load.py"], check=True)
-    environment = "CREDENTIALS_DIRECTORY=/etc/skeldir/operator"
-
-    @contextmanager
-    def loaded() -> Iterator[Ledger]:
-        ledger = Ledger()
-        # A folder that stays, whatever is rolled out meanwhile.
-        release = worker.check_output("readlink --canonicalize /opt/skeldir/current")
-        run = f"{release}/venv/bin/python /opt/load.py"
-        worker.check_output("rm -f /opt/ledger")
-        worker.check_output(
-            f"systemd-run --collect --unit=load --setenv={environment} {run} publish {RATE} /opt/ledger"
-        )
-        wait_until(lambda: worker.run("test -s /opt/ledger").rc == 0, 20)
-        try:
-            yield ledger
-        finally:
-            worker.check_output("systemctl stop load")
-        wait_until(lambda: sql(database, "SELECT count(*) FROM kombu_message") == "0", 60)
-        seen = json.loads(worker.check_output(f"{environment} {run} judge /opt/ledger"))
-        for name, value in seen.items():
-            setattr(ledger, name, value)
-
-    return loaded
 
 
 @pytest.fixture
@@ -221,7 +180,7 @@ def test_a_release_rolls_forward_and_back(
     worker: Host,
     worker2: Host,
     database: Host,
-    load: Callable[[], AbstractContextManager[Ledger]],
+    load: Callable[[int], AbstractContextManager[Ledger]],
     new: Path,
     say: Callable[[str], None],
 ) -> None:
@@ -229,7 +188,7 @@ def test_a_release_rolls_forward_and_back(
     hosts = (worker, worker2)
     old = current(worker)
     since = worker2.check_output("date '+%Y-%m-%d %H:%M:%S'")
-    with load() as ledger, locks(database):
+    with load(RATE) as ledger, locks(database):
         group = dead_letter(worker, database)
         forward = playbook("playbooks/deploy.yml", tree=new)
         assert forward.status == 0, forward.output[-4000:]
@@ -240,7 +199,7 @@ def test_a_release_rolls_forward_and_back(
         replay(worker, group)
     kept(ledger)
     say(f"forward in {forward.seconds:.0f} s, {ledger}")
-    with load() as ledger, locks(database):
+    with load(RATE) as ledger, locks(database):
         group = dead_letter(worker, database)
         back = playbook("playbooks/rollback.yml")
         assert back.status == 0, back.output[-4000:]
@@ -280,11 +239,11 @@ def test_a_second_run_changes_nothing_within_a_minute(new: Path, say: Callable[[
 def test_a_drained_host_takes_nothing_and_says_so(
     worker: Host,
     worker2: Host,
-    load: Callable[[], AbstractContextManager[Ledger]],
+    load: Callable[[int], AbstractContextManager[Ledger]],
     say: Callable[[str], None],
 ) -> None:
     since = worker2.check_output("date '+%Y-%m-%d %H:%M:%S'")
-    with load() as ledger:
+    with load(RATE) as ledger:
         run = playbook("playbooks/drain.yml", "--limit=worker2.example.net", "--extra-vars=reason=kernel")
         assert run.status == 0, run.output[-3000:]
         for queue in SHEET.queues:
@@ -327,11 +286,11 @@ def test_a_release_that_does_no_job_stops_at_the_first_host(
 def test_a_killed_host_leaves_every_queue_served(
     worker: Host,
     worker2: Host,
-    load: Callable[[], AbstractContextManager[Ledger]],
+    load: Callable[[int], AbstractContextManager[Ledger]],
     say: Callable[[str], None],
 ) -> None:
     name = container("worker2")
-    with load() as ledger:
+    with load(RATE) as ledger:
         sleep(3)
         subprocess.run(["docker", "kill", name], check=True, capture_output=True)
         answers = json.loads(worker.check_output("skeldir ping --json"))
