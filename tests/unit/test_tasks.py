@@ -12,7 +12,7 @@ from app.core.config import ConfigurationError
 from app.core.topology import RetryPolicy
 from app.db.session import TenantRequired
 from app.observability.context import current_context
-from app.tasks import llm, maintenance
+from app.tasks import housekeeping, llm, maintenance
 from app.tasks.base import PolicyTask, retry_options
 from app.tasks.context import tenant_task
 
@@ -112,7 +112,7 @@ def test_the_wait_before_a_retry_doubles_up_to_the_sheets_maximum(monkeypatch: p
 def test_a_retry_is_a_retry(monkeypatch: pytest.MonkeyPatch) -> None:
     published: list[Any] = []
     monkeypatch.setattr("celery.canvas.Signature.apply_async", lambda self, **_: published.append(self))
-    task = celery_app.tasks["app.tasks.housekeeping.ping"]
+    task = celery_app.tasks[housekeeping.ping.name]
     delivery = {"exchange": "", "routing_key": "llm"}
     task.push_request(id="1", retries=0, args=[], kwargs={}, delivery_info=delivery, called_directly=False)
     try:
