@@ -167,7 +167,7 @@ def playbook(name: str, *arguments: str, tree: Path = ROOT, env: dict[str, str] 
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         text=True,
-        timeout=600,
+        timeout=800,
         check=False,
     )
     return Run(done.returncode, done.stdout, monotonic() - began)

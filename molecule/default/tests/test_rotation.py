@@ -9,9 +9,9 @@ from testinfra.host import Host
 
 from tests.lab import INVENTORY, Ledger, invocations, playbook, python, site, sql
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
-RATE = 100
+RATE = 50
 CREDENTIALS = ("/etc/skeldir/credentials/database_url", "/etc/skeldir/operator/database_url")
 _LOGIN = """
 import json, psycopg2
