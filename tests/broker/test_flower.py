@@ -60,8 +60,11 @@ def flower(dsn: str, directory: Path) -> Iterator[Callable[..., Any]]:
 
     with started([*CELERY, "flower", *options], directory / "flower", env) as process:
         until(answers, 60)
-        yield get
-        assert process.process.poll() is None, "Flower ended"
+        try:
+            yield get
+            assert process.process.poll() is None, "Flower ended"
+        finally:
+            process.process.kill()  # how long it takes to end by itself is its own affair
 
 
 def test_flower_and_celerys_commands(database: Database, tmp_path: Path) -> None:
