@@ -171,20 +171,3 @@ def playbook(name: str, *arguments: str, tree: Path = ROOT, env: dict[str, str] 
         check=False,
     )
     return Run(done.returncode, done.stdout, monotonic() - began)
-
-
-def copy_tree(target: Path) -> Path:
-    """A copy of the checkout's own files, to change without touching it; built releases come along."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in listed.stdout.split("\0"):
-        if name and (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).write_bytes((ROOT / name).read_bytes())
-            (target / name).chmod((ROOT / name).stat().st_mode)
-    return target

@@ -20,6 +20,7 @@ from threading import Thread
 import pytest
 
 from app.core.topology import load_topology
+from tests.checkout import copy_tree
 from tests.postgres import ROOT
 from tests.runbooks import bash, read_docs
 
@@ -123,18 +124,7 @@ class Developer:
 def developer() -> Iterator[Developer]:
     place = Path(tempfile.mkdtemp(prefix="skeldir-dev-"))
     place.chmod(0o711)  # as root, PostgreSQL runs as somebody else
-    home = place / "checkout"
-    files = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split("\0")
-    for name in filter(None, files):
-        (home / name).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).exists():
-            shutil.copy2(ROOT / name, home / name)
+    home = copy_tree(place / "checkout")
     (home / ".venv/bin").mkdir(parents=True)
     (home / ".venv/bin/activate").write_text("")
     subprocess.run(["git", "init", "--quiet"], cwd=home, check=True)

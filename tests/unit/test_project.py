@@ -1,7 +1,6 @@
 """The project's own promises: one fact in one place, every role described, locks that any mirror serves."""
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 from app.core.topology import Queue, load_topology
+from tests.checkout import project_files
 
 ROOT = Path(__file__).parents[2]
 ROLES = sorted(path.parent for path in ROOT.glob("roles/*/tasks"))
@@ -23,17 +23,6 @@ SPEAKS_OF_THE_SHEET = re.compile(
     r"|^app/(topology|schedule)\.yml$|^app/tasks/"
 )
 MADE_FROM_THE_SHEET = re.compile(r"^# BEGIN made from.*^# END made from", re.MULTILINE | re.DOTALL)
-
-
-def project_files() -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
 def written_by_hand(path: Path) -> str:

@@ -14,12 +14,12 @@ from time import sleep
 import pytest
 from testinfra.host import Host
 
+from tests.checkout import copy_tree
 from tests.lab import (
     ROOT,
     SHEET,
     Ledger,
     container,
-    copy_tree,
     invocations,
     lab_host,
     playbook,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from testinfra.host import Host
 
+from tests.checkout import copy_tree
 from tests.lab import (
     SHEET,
-    copy_tree,
     http,
     invocations,
     python,

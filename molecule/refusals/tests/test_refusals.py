@@ -8,7 +8,8 @@ from secrets import token_hex
 import pytest
 from testinfra.host import Host
 
-from tests.lab import SHEET, Run, copy_tree, site
+from tests.checkout import copy_tree
+from tests.lab import SHEET, Run, site
 
 pytestmark = pytest.mark.timeout(300)
 
