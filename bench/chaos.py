@@ -221,7 +221,7 @@ class Chaos:
         lost = [name for name in wanted if not ended[name] and name not in given_up]
         poison = sum(line[:2] == ["began", "poison"] for line in ledger)
         twice = [name for name in wanted if ended[name] > 1]
-        unexplained = self._unexplained(twice)
+        unexplained = self._unexplained(twice, ledger)
         result = {
             "published": len(wanted),
             "ran": sum(1 for name in wanted if ended[name]),
@@ -256,15 +256,14 @@ class Chaos:
         now = time.time()
         self.hits.append(Hit(now, now, {self.numbers[pids[0]]}))
 
-    def _unexplained(self, names: list[str]) -> list[str]:
+    def _unexplained(self, names: list[str], ledger: list[list[str]]) -> list[str]:
         """Jobs none of whose runs was in flight in a worker that got into trouble.
 
         A run of the one that published it counts as well: where that was repeated, so is what it published;
         so does the moment it was sent: who had no answer from a server that crashed has sent it again.
         """
         runs: dict[str, list[tuple[str, float]]] = {name[1:]: [] for name in names}
-        for line in (self.directory / "ledger").read_text().splitlines():
-            _, name, *_, worker, moment = line.split()
+        for _, name, *_, worker, moment in ledger:
             if name[1:] in runs:
                 runs[name[1:]].append((worker, float(moment)))
         return [
