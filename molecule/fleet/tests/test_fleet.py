@@ -229,11 +229,10 @@ def test_there_is_no_way_back_from_a_contract_migration(
     assert invocations(worker) == started
 
 
-def test_a_second_run_changes_nothing_within_a_minute(new: Path, say: Callable[[str], None]) -> None:
+def test_a_second_run_changes_nothing(new: Path, say: Callable[[str], None]) -> None:
     run = site(tree=new)
     assert (run.status, run.changed) == (0, 0), run.recap
     say(f"the second site.yml of four hosts took {run.seconds:.0f} s")
-    assert run.seconds <= 60
 
 
 def test_a_drained_host_takes_nothing_and_says_so(

@@ -1,0 +1,142 @@
+#!/usr/bin/python3
+"""The module `skeldir_files`: files and folders of a host, all of them in one call."""
+
+import os
+import stat
+import tempfile
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = """
+module: skeldir_files
+short_description: Several small files and folders in one call
+description:
+  - Does for a list what M(ansible.builtin.copy) with O(ansible.builtin.copy#module:content) and
+    M(ansible.builtin.file) do for one file each.
+  - Those take five connections a file to find that nothing is to be done; a run that changes nothing
+    consists of little else.
+  - Nothing is written when a folder is where a file is wanted, or the other way round.
+options:
+  files:
+    description: In this order, so a folder goes before what is in it.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      path:
+        description: Where it is.
+        type: path
+        required: true
+      content:
+        description: What a file holds; without it this is a folder.
+        type: str
+      owner:
+        description: Whose it is.
+        type: str
+        default: root
+      group:
+        description: Whose it is, too.
+        type: str
+        default: root
+      mode:
+        description: Who may do what with it.
+        type: raw
+        required: true
+"""
+
+EXAMPLES = """
+- skeldir_files:
+    files:
+      - {path: /etc/skeldir, mode: "0755"}
+      - path: /etc/skeldir/beat.env
+        content: "{{ lookup('ansible.builtin.template', 'beat.env.j2') }}"
+        mode: "0644"
+"""
+
+RETURN = """
+files:
+  description: The paths that changed.
+  type: list
+  returned: always
+"""
+
+_FILE = {
+    "path": {"type": "path", "required": True},
+    "content": {"type": "str"},
+    "owner": {"type": "str", "default": "root"},
+    "group": {"type": "str", "default": "root"},
+    "mode": {"type": "raw", "required": True},
+}
+
+
+def main() -> None:
+    """Run as Ansible runs a module."""
+    module = AnsibleModule(
+        argument_spec={"files": {"type": "list", "elements": "dict", "required": True, "options": _FILE}},
+        supports_check_mode=True,
+    )
+    os.umask(0o077)  # what is new is nobody else's until it has its mode
+    wanted = module.params["files"]
+    if wrong := [sentence for file in wanted if (sentence := _in_the_way(file))]:
+        module.fail_json(msg="; ".join(wrong))
+    diffs: list[dict[str, Any]] = []
+    changed = [file["path"] for file in wanted if _make(module, file, diffs)]
+    module.exit_json(changed=bool(changed), files=changed, diff=diffs)
+
+
+def _in_the_way(file: dict[str, Any]) -> str | None:
+    path = file["path"]
+    if file["content"] is None:
+        is_other = os.path.lexists(path) and not os.path.isdir(path)
+        return f"{path} is to be a folder, and something else is there" if is_other else None
+    is_other = os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode)
+    return f"{path} is to be a file, and something else is there" if is_other else None
+
+
+def _make(module: AnsibleModule, file: dict[str, Any], diffs: list[dict[str, Any]]) -> bool:
+    """Let it be as it should be; whether it was not."""
+    path, content = file["path"], file["content"]
+    diff: dict[str, Any] = {}
+    changed = _make_folder(module, path) if content is None else _write(module, path, content, diff)
+    if diff:
+        diffs.append(diff)
+    attributes: dict[str, Any] = {}
+    changed = module.set_fs_attributes_if_different(
+        module.load_file_common_arguments(file), changed, diff=attributes
+    )
+    if attributes.get("before") != attributes.get("after"):
+        diffs.append(attributes)
+    return bool(changed)
+
+
+def _make_folder(module: AnsibleModule, path: str) -> bool:
+    if os.path.isdir(path):
+        return False
+    if not module.check_mode:
+        os.mkdir(path)
+    return True
+
+
+def _write(module: AnsibleModule, path: str, content: str, diff: dict[str, Any]) -> bool:
+    new = content.encode()
+    try:
+        with open(path, "rb") as file:
+            old = file.read()
+    except FileNotFoundError:
+        old = None
+    if old == new:
+        return False
+    diff.update(
+        before=(old or b"").decode(errors="replace"), after=content, before_header=path, after_header=path
+    )
+    if not module.check_mode:
+        handle, temporary = tempfile.mkstemp(dir=module.tmpdir)
+        with open(handle, "wb") as file:
+            file.write(new)
+        module.atomic_move(temporary, path)
+    return True
+
+
+if __name__ == "__main__":
+    main()
