@@ -215,10 +215,11 @@ def test_there_is_no_way_back_from_a_contract_migration(
 ) -> None:
     """Once what the old release uses is taken away, there is no way back to it, and that is said first."""
     old = current(worker)
-    narrowed = site("--extra-vars=contract=true", tree=new)
+    [later] = set(worker.check_output("ls /opt/skeldir/releases").split()) - {old}
+    by_name = (f"--extra-vars=release={later}", "--extra-vars=contract=true")
+    narrowed = playbook("playbooks/deploy.yml", *by_name, tree=new)
     assert narrowed.status == 0, narrowed.output[-4000:]
     assert "contract_0001" in sql(database, "SELECT * FROM alembic_version")
-    later = current(worker)
     started = invocations(worker)
     refused = playbook("playbooks/rollback.yml")
     assert refused.status != 0
@@ -256,6 +257,11 @@ def test_a_drained_host_takes_nothing_and_says_so(
         back = playbook("playbooks/undrain.yml", "--limit=worker2.example.net")
         assert back.status == 0, back.output[-3000:]
         assert {ready(worker2, queue)[0] for queue in SHEET.queues} == {200}
+        one = playbook("playbooks/drain.yml", "--limit=worker2.example.net", "--extra-vars=queue=llm")
+        assert one.status == 0, one.output[-3000:]
+        assert [queue for queue in SHEET.queues if ready(worker2, queue)[0] != 200] == ["llm"]
+        assert playbook("playbooks/undrain.yml", "--limit=worker2.example.net").status == 0
+        assert ready(worker2, "llm")[0] == 200
     nothing_lost(ledger)
     assert killed(worker2, since) == ""
     say(f"drained in {run.seconds:.0f} s, back in {back.seconds:.0f} s, {ledger}")
