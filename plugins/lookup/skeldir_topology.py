@@ -61,8 +61,7 @@ class LookupModule(LookupBase):  # type: ignore[misc]
         if str(_PROJECT) not in sys.path:
             sys.path.insert(0, str(_PROJECT))
         try:
-            from app.beat.schedule import load_schedule  # noqa: PLC0415 - needs the path above
-            from app.core.topology import TopologyError, load_topology  # noqa: PLC0415
+            from app.core.topology import TopologyError, load_topology  # noqa: PLC0415 - needs the path above
         except ImportError as error:
             raise AnsibleError(
                 f"the sheet can't be read: {error}; install requirements/tools.txt beside Ansible"
@@ -70,6 +69,9 @@ class LookupModule(LookupBase):  # type: ignore[misc]
         try:
             topology = load_topology(overrides=overrides)
             if self.get_option("problems"):
+                # It brings Celery along, and every task that asks for the sheet would wait for that.
+                from app.beat.schedule import load_schedule  # noqa: PLC0415
+
                 load_schedule(topology)
         except TopologyError as error:
             if self.get_option("problems"):

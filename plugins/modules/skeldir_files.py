@@ -2,6 +2,7 @@
 """The module `skeldir_files`: files and folders of a host, all of them in one call."""
 
 import os
+import shlex
 import stat
 import tempfile
 from typing import Any
@@ -43,6 +44,9 @@ options:
         description: Who may do what with it.
         type: raw
         required: true
+      validate:
+        description: A command that must find a new content good, with C(%s) for the file it is tried in.
+        type: str
 """
 
 EXAMPLES = """
@@ -67,6 +71,7 @@ _FILE = {
     "owner": {"type": "str", "default": "root"},
     "group": {"type": "str", "default": "root"},
     "mode": {"type": "raw", "required": True},
+    "validate": {"type": "str"},
 }
 
 
@@ -98,7 +103,7 @@ def _make(module: AnsibleModule, file: dict[str, Any], diffs: list[dict[str, Any
     """Let it be as it should be; whether it was not."""
     path, content = file["path"], file["content"]
     diff: dict[str, Any] = {}
-    changed = _make_folder(module, path) if content is None else _write(module, path, content, diff)
+    changed = _make_folder(module, path) if content is None else _write(module, file, diff)
     if diff:
         diffs.append(diff)
     attributes: dict[str, Any] = {}
@@ -118,7 +123,8 @@ def _make_folder(module: AnsibleModule, path: str) -> bool:
     return True
 
 
-def _write(module: AnsibleModule, path: str, content: str, diff: dict[str, Any]) -> bool:
+def _write(module: AnsibleModule, wanted: dict[str, Any], diff: dict[str, Any]) -> bool:
+    path, content = wanted["path"], wanted["content"]
     new = content.encode()
     try:
         with open(path, "rb") as file:
@@ -134,8 +140,19 @@ def _write(module: AnsibleModule, path: str, content: str, diff: dict[str, Any])
         handle, temporary = tempfile.mkstemp(dir=module.tmpdir)
         with open(handle, "wb") as file:
             file.write(new)
+        if wanted["validate"]:
+            _try(module, wanted["validate"], path, temporary)
         module.atomic_move(temporary, path)
     return True
+
+
+def _try(module: AnsibleModule, command: str, path: str, temporary: str) -> None:
+    words = [word.replace("%s", temporary) for word in shlex.split(command)]
+    status, out, err = module.run_command(words)
+    if status:
+        module.fail_json(
+            msg=f"{path} stays as it was, {words[0]} refuses the new one: {(err or out).strip()}"
+        )
 
 
 if __name__ == "__main__":

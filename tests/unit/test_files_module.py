@@ -85,3 +85,13 @@ def test_writes_nothing_when_something_else_is_in_the_way(
     assert answer["failed"]
     assert str(other) in answer["msg"]
     assert not (tmp_path / "etc").exists()
+
+
+def test_what_is_refused_is_not_put_in_place(tmp_path: Path) -> None:
+    file = {"path": tmp_path / "file", "mode": "0644", "validate": "grep -q good %s"}
+    assert run({**file, "content": "good\n"})["changed"]
+    refused = run({**file, "content": "bad\n"})
+    assert refused["failed"]
+    assert str(tmp_path / "file") in refused["msg"]
+    assert (tmp_path / "file").read_text() == "good\n"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
