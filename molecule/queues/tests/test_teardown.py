@@ -16,7 +16,7 @@ MACHINERY = re.compile(
     "|/var/log/(journal|apt|wtmp|btmp|lastlog|private|dpkg.log|alternatives.log)(/|$)"
     "|/etc/(passwd|group|shadow|gshadow|subuid|subgid)-$"
     "|/etc/(resolv.conf|machine-id|hostname|mtab|.pwd.lock|.updated)$"
-    # What adduser, dbus, locales and perl, installed along the way and taken away again, never take with them.
+    # What adduser, dbus, locales and perl leave when they go again.
     "|/etc/(adduser|deluser|locale)[.](conf|alias|gen)$|/var/lib/dbus/machine-id$|/etc/perl(/|$)"
 )
 """What systemd, APT, Debian's packages and the container's runtime leave whatever is installed."""
@@ -98,7 +98,7 @@ def test_nothing_is_left_behind(worker: Host, database: Host) -> None:
     assert run.status == 0, run.output[-3000:]
     for name, host in (("db1", database), ("worker1", worker)):
         assert left_behind(name) == []
-        assert accounts(name) <= {"ssl-cert"}  # a group that Debian's package of that name never takes with it
+        assert accounts(name) <= {"ssl-cert"}  # which Debian's package of that name leaves
         assert host.run("systemctl list-unit-files --no-legend 'skeldir-*' '*prometheus*' | grep .").rc == 1
         assert not [name for name in packages(host) if re.match("prometheus|grafana|postgresql-", name)]
     again = teardown(*everything)
