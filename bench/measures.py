@@ -184,20 +184,10 @@ def drain(
     contender: Contender, count: int, pool: list[str], with_results: bool = False, prefetch: int = 4
 ) -> float:
     """Jobs a second of one worker that finds them waiting; `prefetch` is Celery's multiplier."""
-    return drain_and_cpu(contender, count, pool, with_results, prefetch)[0]
-
-
-def drain_and_cpu(
-    contender: Contender, count: int, pool: list[str], with_results: bool = False, prefetch: int = 4
-) -> tuple[float, float]:
-    """The same, and the seconds of CPU that the worker and its children use a job."""
     with run(contender, prefetch) as r:
         r.client("publish_many", count, with_results)
-        with r.worker(*pool) as worker:
-            warm = len(r.started(count // 20, seconds=30))
-            used = cpu_seconds(worker.pid)
-            found = r.started(count, seconds=30 + count / 20)
-            return rate(found), (cpu_seconds(worker.pid) - used) / max(1, len(found) - warm)
+        with r.worker(*pool):
+            return rate(r.started(count, seconds=30 + count / 20))
 
 
 def cpu_seconds(session: int) -> float:

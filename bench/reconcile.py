@@ -18,6 +18,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.request import urlopen
 
@@ -297,16 +298,22 @@ class Reconciliation(Chaos):
 
     def _settled(self) -> bool:
         self.mend()
-        self._terminate_jobs()
-        return self._left() == 0 and not self.frozen
+        # A run can outlive its message: its worker was away when it was told, and another one was not.
+        return not self._terminate_jobs() and self._left() == 0 and not self.frozen
 
-    def _terminate_jobs(self) -> None:
+    def _terminate_jobs(self) -> bool:
+        """Whether one of them still runs."""
         ledger = self._ledger()
-        for run in ledger.open("terminated"):
-            told = self._told.get(run["run"], 0) > time.monotonic() - 5
-            if not told and ledger.outcome(run) != "terminated":
+        going = [
+            run
+            for run in ledger.open("terminated")
+            if ledger.outcome(run) != "terminated" and Path(f"/proc/{run['pid']}").exists()
+        ]
+        for run in going:
+            if self._told.get(run["run"], 0) <= time.monotonic() - 5:
                 self._told[run["run"]] = time.monotonic()
                 self._send(f"app.control.revoke({run['id']!r}, terminate=True, signal='SIGKILL')")
+        return bool(going)
 
     def trouble(self) -> None:
         """Something bad that leaves main processes alive, drawn by the seed."""

@@ -78,3 +78,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         journal = lab_host("worker1").run("journalctl --no-pager --output=cat --lines=30 --unit='skeldir-*'")
         report.sections.append(("journal of the units", journal.stdout))
     return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Keep the units' whole journal when something failed: the hosts are taken away."""
+    if session.testsfailed and SCENARIO != "refusals":
+        journal = lab_host("worker1").run("journalctl --no-pager --output=short-precise --unit='skeldir-*'")
+        (ROOT / f"evidence/journal-{SCENARIO}-worker1.txt").write_text(journal.stdout)

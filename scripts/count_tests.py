@@ -7,6 +7,8 @@ from xml.etree import ElementTree
 
 EXPECTED = Path(__file__).with_name("expected-tests")
 """How many tests a full run executes at least."""
+FAILED_BEFORE = "failed before"
+"""Property of a test that failed and was tried again: the first line of what it said (see conftest.py)."""
 
 
 def main() -> int:
@@ -23,14 +25,20 @@ def main() -> int:
     ):  # junit-real2.xml comes after junit-real.xml
         for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314 - pytest wrote it just now
             test = (report.stem.rstrip("2"), case.get("classname"), case.get("name"))
-            if case.find("failure") is not None or case.find("error") is not None:
+            name = f"{case.get('classname')}::{case.get('name')} ({report.name})"
+            trouble = [*case.findall("failure"), *case.findall("error")]
+            again = case.find(f"properties/property[@name='{FAILED_BEFORE}']")
+            if trouble:
                 outcomes[test] = "failed"
-                print(f"FAILED {case.get('classname')}::{case.get('name')} ({report.name})")
+                said = trouble[0].get("message", "").partition("\n")[0]
+                print(f"FAILED {name}: {said[:300]}")
             elif case.find("skipped") is not None:
                 outcomes[test] = "skipped"
             else:
                 if outcomes.get(test) == "failed":
-                    print(f"  but passed alone: {case.get('classname')}::{case.get('name')}")
+                    print(f"  but passed alone: {name}")
+                elif again is not None and outcomes.get(test) == "passed":
+                    print(f"passed only when tried again: {name}: {again.get('value', '')[:300]}")
                 outcomes[test] = "passed"
     passed, failed, skipped = (
         list(outcomes.values()).count(outcome) for outcome in ("passed", "failed", "skipped")

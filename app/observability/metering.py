@@ -5,6 +5,7 @@ retries, both time limits and a child that was killed (docs.celeryq.dev, "Reques
 Signals do not: `task_failure` is sent twice for one hard time limit, and a killed child sends none.
 """
 
+from math import isnan, nan
 from time import time
 from typing import Any, ClassVar
 
@@ -16,7 +17,10 @@ from celery.worker.request import Request
 from app.observability.context import PUBLISHED_HEADER
 from app.observability.metrics import TaskMetrics, TaskSeries, lock
 
-_NUMBER = (int, float)
+_FAILED_DELIVERIES = "x-delivery-count"
+"""Message header: how many deliveries of it failed before; named as by RabbitMQ's quorum queues."""
+_AT_ONCE = 1000
+"""Numbers of successes that wait to be counted, at most."""
 
 
 class MeteredRequest(Request):
@@ -30,14 +34,15 @@ class MeteredRequest(Request):
 
     _runtime: float | None = None
     _series: TaskSeries | None = None  # once its start was counted
-    _ended = False
+    ended = False
+    """Whether its end was counted, or waits to be."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         # For every task Celery derives a class with an `on_success` of its own, which never calls that of
         # its base (celery/celery#4526); so it is taken where it comes into being.
         super().__init_subclass__(**options)
         if "on_success" in vars(cls):
-            cls.on_success = _metered(cls.on_success)
+            cls.on_success = _metered(cls.on_success, cls.metrics)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """A time limit passed. The soft one is raised inside the task, which may still end in any way."""
@@ -78,21 +83,25 @@ class MeteredRequest(Request):
 
     def count_start(self) -> TaskSeries:
         """Count that it began to run, once. The caller has the lock."""
-        if self._series is not None:
-            return self._series
-        series = self._series = self._of_metrics()
-        series.started += 1
+        if self._series is None:
+            self._series = self._of_metrics()
+            self._series.started += 1
+            if not isnan(waited := self._waited()):
+                self._series.queue_wait.observe([waited])
+        return self._series
+
+    def _waited(self) -> float:
         published = self._request_dict.get(PUBLISHED_HEADER)
-        # Another delivery waited for something else: that the worker which had the first one died.
-        if isinstance(published, _NUMBER) and not self._delivery_info["redelivered"]:
-            waited = (self.time_start or time()) - published
-            series.queue_wait.observe(waited if waited > 0 else 0.0)
-        return series
+        # After a delivery that failed it waited for something else: that its worker died. But one
+        # that was only handed back goes on waiting.
+        if not isinstance(published, float) or _FAILED_DELIVERIES in self._request_dict:
+            return nan
+        return max(0.0, (self.time_start or time()) - published)
 
     def _end(self, outcome: str, error: BaseException | None = None) -> None:
         with lock:
-            if not self._ended:
-                self._ended = True
+            if not self.ended:
+                self.ended = True
                 self._count_end(outcome, error)
 
     def _count_end(self, outcome: str, error: BaseException | None) -> None:
@@ -117,7 +126,7 @@ class MeteredRequest(Request):
                     series.worker_lost += 1
         if self._runtime is None:
             self._runtime = max(0.0, time() - self.time_start) if self.time_start else 0.0
-        series.duration.observe(self._runtime)
+        series.duration.observe([self._runtime])
 
 
 def running() -> list[Any]:
@@ -129,7 +138,8 @@ def running() -> list[Any]:
 def count_starts() -> None:
     """Count the starts of those that run now. The caller has the lock."""
     for request in running():
-        if isinstance(request, MeteredRequest):
+        # One that ended may not have been taken away yet.
+        if isinstance(request, MeteredRequest) and not request.ended:
             request.count_start()
 
 
@@ -150,20 +160,32 @@ def _outcome(error: BaseException) -> str:
             return "failure"
 
 
-def _metered(celerys_own: Any) -> Any:
+def _metered(celerys_own: Any, metrics: TaskMetrics) -> Any:
+    found = metrics.found
+
     def on_success(self: MeteredRequest, result: Any) -> Any:
         if isinstance(result, ExceptionInfo):  # what solo and threads report for SystemExit and its like
             return self.on_failure(result)
         failed, _, runtime = result
         if failed:
             self._runtime = runtime
-        else:  # nearly every job, so in one step what `_end` does in three
-            with lock:
-                if not self._ended:
-                    self._ended = True
-                    series = self.count_start()
-                    series.success += 1
-                    series.duration.observe(runtime)
-        return celerys_own(self, result)  # comes to on_failure when it failed
+            return celerys_own(self, result)  # comes to on_failure
+        # Nearly every job comes here, so what `_end` does in many steps is put off: whatever is touched after
+        # a job costs several times as much as in a loop, the caches are full of other things.
+        with lock:
+            if self._series is None and not self.ended:
+                self.ended = True
+                delivery = self._delivery_info
+                key = (self._task.name, delivery["exchange"], delivery["routing_key"])
+                series = found.get(key) or metrics.of_delivery(*key)
+                successes = series.successes
+                successes.append(self._waited())
+                successes.append(runtime)
+                if len(successes) >= _AT_ONCE:
+                    series.count_successes()
+        if not self.ended:  # somebody looked while it ran
+            self._runtime = runtime
+            self._end("success")
+        return celerys_own(self, result)
 
     return on_success

@@ -8,10 +8,10 @@ them when they are asked for.
 counts by itself: a message that came back because its process died was started, and failed, once more.
 """
 
-from bisect import bisect_left
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
-from itertools import accumulate
+from math import inf, isnan
 from threading import Lock
 
 from prometheus_client import CollectorRegistry
@@ -52,20 +52,21 @@ class Distribution:
     __slots__ = ("_bounds", "_counts", "_sum")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
+        self._bounds = (*bounds, inf)
+        self._counts = [0] * len(self._bounds)
         self._sum = 0.0
 
-    def observe(self, seconds: float) -> None:
-        """One more."""
-        self._counts[bisect_left(self._bounds, seconds)] += 1
-        self._sum += seconds
+    def observe(self, seconds: Iterable[float]) -> None:
+        """So many more."""
+        seen = sorted(seconds)
+        for place, bound in enumerate(self._bounds):
+            self._counts[place] += bisect_right(seen, bound)
+        self._sum += sum(seen)
 
     def add_to(self, family: HistogramMetricFamily, labels: tuple[str, ...]) -> None:
         """Show what was observed so far."""
-        names = [*map(floatToGoString, self._bounds), "+Inf"]
-        counts = accumulate(self._counts)
-        family.add_metric(labels, list(zip(names, counts, strict=True)), self._sum)
+        names = map(floatToGoString, self._bounds)
+        family.add_metric(labels, list(zip(names, self._counts, strict=True)), self._sum)
 
 
 _COUNTERS = {
@@ -88,9 +89,11 @@ _HISTOGRAMS = {
 class TaskSeries:
     """All numbers of one task on one queue, each changed and read under `lock`."""
 
-    __slots__ = (*_COUNTERS, *_HISTOGRAMS)
+    __slots__ = (*_COUNTERS, *_HISTOGRAMS, "successes")
 
     def __init__(self, exceptions: Iterable[str]) -> None:
+        self.successes = array("d")
+        """Started and succeeded, but not counted yet: of each the seconds it waited, or NaN, and ran."""
         self.started = 0
         self.success = 0
         self.failure = dict.fromkeys(exceptions, 0)
@@ -100,6 +103,15 @@ class TaskSeries:
         self.worker_lost = 0
         self.queue_wait = Distribution(QUEUE_WAIT_BOUNDS)
         self.duration = Distribution(BUCKETS)
+
+    def count_successes(self) -> None:
+        """Count those that are not counted yet."""
+        waits, runs = self.successes[::2], self.successes[1::2]
+        del self.successes[:]
+        self.started += len(runs)
+        self.success += len(runs)
+        self.queue_wait.observe(wait for wait in waits if not isnan(wait))
+        self.duration.observe(runs)
 
     @property
     def in_flight(self) -> int:
@@ -131,9 +143,8 @@ class TaskMetrics(Collector):
             for name in policy.transient
         }
         self._exceptions = (*sorted({*_KNOWN, *transient}), OTHER)
-        # Found anew for every delivery; bounded, because a message chooses what is asked for.
-        self.of_delivery = lru_cache(maxsize=1000)(self._of_delivery)
-        """The series of a task on the queue that an exchange and a routing key lead to, else on `OTHER`."""
+        self.found: dict[tuple[str, str | None, str], TaskSeries] = {}
+        """What `of_delivery` answered, but for `OTHER`: a message chooses what is asked for."""
         self.count_starts: Callable[[], None] = lambda: None
         """Called under `lock` before the numbers are read."""
         self.registry.register(self)
@@ -142,6 +153,8 @@ class TaskMetrics(Collector):
         """The families, as they are at one moment."""
         with lock:
             self.count_starts()
+            for series in self._series.values():
+                series.count_successes()
             return list(self._families())
 
     def _families(self) -> Iterator[Metric]:
@@ -187,8 +200,13 @@ class TaskMetrics(Collector):
         """A queue's name as a label: its own, or `OTHER` when it is not in the sheet."""
         return queue if queue in self._sheet.queues else OTHER
 
-    def _of_delivery(self, task_name: str, exchange: str | None, routing_key: str) -> TaskSeries:
-        return self.of(task_name, self._queues.get((exchange or "", routing_key), OTHER))
+    def of_delivery(self, task_name: str, exchange: str | None, routing_key: str) -> TaskSeries:
+        """The series of a task on the queue that an exchange and a routing key lead to, else on `OTHER`."""
+        queue = self._queues.get((exchange or "", routing_key))
+        series = self.of(task_name, queue or OTHER)
+        if queue:
+            self.found[task_name, exchange, routing_key] = series
+        return series
 
     def kind_of(self, error: BaseException) -> str:
         """The label of an exception: the nearest of its classes that has one, else `OTHER`.

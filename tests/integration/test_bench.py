@@ -1,6 +1,7 @@
 """The benchmarks still run; only what they need no rival for, and with figures nobody should quote."""
 
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import create_engine
@@ -14,9 +15,7 @@ from bench.__main__ import POOLS, table
 
 @pytest.fixture(scope="module")
 def ours(postgres):
-    database = postgres.copy_database("skeldir", "bench")
-    url = database.dsn("app_user")
-    yield measures.Contender("ours", f"sqla+{url}", f"db+{url}", database)
+    yield metering.contender(postgres.copy_database("skeldir", "bench"))
     postgres.drop_database("bench")
 
 
@@ -46,8 +45,11 @@ def test_recovery_and_idling(ours):
     assert measures.idle_transactions(ours, 1) >= 0
 
 
-def test_metering(ours):
-    assert metering.measure(ours, POOLS["solo"], rounds=2, jobs=40, pool="solo") < 1
+def test_metering(ours, postgres):
+    metered = replace(metering.contender(postgres.copy_database("skeldir", "twin")), metered=True)
+    pair = metering.side_by_side(ours, metered, POOLS["solo"], jobs=4000, number=0)
+    postgres.drop_database("twin")
+    assert metering.show("solo", [pair, pair]) < 1
 
 
 def test_questions_about_dead_letters_and_their_capture(ours):

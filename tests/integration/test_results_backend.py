@@ -311,6 +311,7 @@ class TestOneConnection:
 
     def test_for_all_threads(self, make_app, sessions):
         app = make_app(**sessions.conf)
+        assert app.backend.thread_safe  # made here: Celery itself lets two threads make one each at first
         ids = [str(uuid4()) for _ in range(200)]
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(lambda task_id: app.backend.store_result(task_id, task_id, "SUCCESS"), ids))

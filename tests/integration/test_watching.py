@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,37 @@ def test_every_outcome_is_counted_once(watched: Watched) -> None:
     if watched.pool == "prefork":
         assert seen["duration_seconds_bucket.0.5", "hard"] == 0
         assert seen["duration_seconds_bucket.5.0", "hard"] == 1
+
+
+def test_jobs_are_counted_though_nobody_looks_for_long(watched: Watched) -> None:
+    jobs = 1300
+    names = ("started_total", "success_total", "duration_seconds_count", "queue_wait_seconds_count")
+    before = watched.samples()
+    watched.send(f"[ok.delay() for _ in range({jobs})][-1].get(timeout=25)")
+
+    def counted() -> dict[str, float]:
+        after = watched.samples()
+        return {name: after[name, "ok"] - before[name, "ok"] for name in names}
+
+    with suppress(AssertionError):  # one before the last may still run
+        _wait(lambda: counted()["success_total"] == jobs, 5)
+    assert counted() == dict.fromkeys(names, jobs)
+
+
+def test_a_message_that_was_handed_back_waited_all_the_time(watched: Watched, postgres: Cluster) -> None:
+    before = watched.samples()
+    watched.worker.process.send_signal(signal.SIGSTOP)
+    try:
+        watched.send("ok.delay()")
+        # As after a worker that took it and had to stop before it began.
+        with postgres.connect(database=f"watched_{watched.pool}") as session, session.cursor() as cursor:
+            cursor.execute("UPDATE kombu_message SET delivery = 1 WHERE visible AND payload LIKE '%%.ok\"%%'")
+            assert cursor.rowcount == 1
+    finally:
+        watched.worker.process.send_signal(signal.SIGCONT)
+    _wait(lambda: watched.samples()["success_total", "ok"] == before["success_total", "ok"] + 1, 20)
+    counted = "queue_wait_seconds_count", "ok"
+    assert watched.samples()[counted] == before[counted] + 1
 
 
 def test_vitals(watched: Watched) -> None:

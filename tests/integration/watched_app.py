@@ -10,7 +10,7 @@ from celery import Celery, signals
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from kombu import Exchange, Queue
 
-from app import broker
+from app import broker, results
 from app.core.config import get_settings
 from app.core.topology import Topology
 from app.db import engine  # noqa: F401 - `postgresql://` means psycopg2 from here on
@@ -46,6 +46,7 @@ SHEET = Topology.model_validate(
 broker.register()
 settings = get_settings()
 app = Celery("watched", broker=settings.broker_url, backend=settings.result_backend_url)
+results.register(app)
 app.conf.update(
     task_queues=[Queue("watched", Exchange("watched-exchange", "direct"), "watched-key")],
     task_default_queue="watched",

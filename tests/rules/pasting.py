@@ -4,13 +4,12 @@ The plane is well there, so what a page tells to do must leave it well, and what
 change nothing.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 from testinfra.host import Host
 
-from tests.lab import invocations, lab_host, sql, unit, wait_until
+from tests.lab import invocations, lab_host, scheduler_paused, sql, unit, wait_until
 from tests.rules.runbooks import HOSTS, alert_pages, front_matter
 from tests.runbooks import Reader, Run, read_page
 
@@ -30,7 +29,8 @@ def pages_for(*hosts: str) -> list[Path]:
 def work_through(path: Path, worker: Host, database: Host) -> None:
     """Paste a page's blocks, section by section."""
     reader = Reader(read_page(path), _pasted_on(lab_host(PLACES[front_matter(path)["host"]])))
-    with _nothing_scheduled(path, worker, database):
+    # The scheduler's jobs store things, too; on its own pages it must run.
+    with nullcontext() if "Beat" in path.stem else scheduler_paused(worker, database):
         before = _state(worker, database)
         reader.paste("Diagnosis", **ANSWERS)
         assert _state(worker, database) == before, "a look changed something"
@@ -38,23 +38,6 @@ def work_through(path: Path, worker: Host, database: Host) -> None:
     wait_until(lambda: all(worker.service(unit(queue)).is_running for queue in _queues(before)), 60)
     reader.paste("Verify recovered")
     reader.assert_nothing_is_left()
-
-
-@contextmanager
-def _nothing_scheduled(path: Path, worker: Host, database: Host) -> Iterator[None]:
-    """The scheduler's jobs store things, too; on its own pages it must run."""
-    if "Beat" in path.stem:
-        yield
-        return
-    worker.check_output("systemctl stop skeldir-beat.service")
-    try:
-        held = "SELECT count(*) FROM kombu_message WHERE holder IS NOT NULL"
-        wait_until(lambda: sql(database, held) == "0", 30)
-        yield
-    finally:
-        # Systemd would take one start a page for a service that fails again and again.
-        worker.check_output("systemctl reset-failed skeldir-beat.service")
-        worker.check_output("systemctl start skeldir-beat.service")
 
 
 def _pasted_on(host: Host) -> Run:
