@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -118,6 +118,16 @@ class Cluster:
         self.process.send_signal(how)
         self.process.wait(timeout=30)
         self.process = None
+
+    @contextmanager
+    def away(self, mode: str = "fast") -> Iterator[None]:
+        """Stopped for a while; started again, unless that was done meanwhile, whatever happens."""
+        self.stop(mode)
+        try:
+            yield
+        finally:
+            if self.process is None:
+                self.start()
 
     def restart(self, mode: str = "fast") -> None:
         """Stop and start again on the same port."""

@@ -305,6 +305,9 @@ class Transport(virtual.Transport):
             return
         now = time.monotonic()
         try:
+            if self.session.connected:
+                # Also while the keeper has none: the socket of a broken connection is readable for ever.
+                self._hear()
             if not self._holder.online:
                 return  # the keeper tries all the time, and wakes us
             self.ensure_joined()
@@ -314,11 +317,6 @@ class Transport(virtual.Transport):
                 )
                 self._next_poll = now + interval
                 self._maybe = self._urgent = True
-            for _, payload in self.session.notifications():
-                self._maybe = self._urgent = True
-                if payload == "back":
-                    for channel in self.channels:
-                        channel.came_back()
             for channel in self.channels:
                 channel.try_suspects()
             if self._maybe and now >= self._holder.settled_at:
@@ -332,6 +330,13 @@ class Transport(virtual.Transport):
         except psycopg2.Error:
             logger.exception("messages can't be taken; the next attempt comes with the poll")
             self._next_poll = now + _POLL_POOLED
+
+    def _hear(self) -> None:
+        for _, payload in self.session.notifications():
+            self._maybe = self._urgent = True
+            if payload == "back":
+                for channel in self.channels:
+                    channel.came_back()
 
     def _lost(self, error: ConnectionLost) -> None:
         if not self._said_lost:

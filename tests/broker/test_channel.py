@@ -68,6 +68,22 @@ def test_messages_come_in_order_and_highest_priority_first(connect: Connect) -> 
     assert Taker(connect()).drain() == ["important 1", "important 2", "a", "b", "c"]
 
 
+def test_a_lost_connection_costs_no_cpu_while_the_keeper_has_none_either(
+    connect: Connect, sql: cursor
+) -> None:
+    connection = connect()
+    taker = Taker(connection)
+    assert taker.drain(0.1) == []
+    sql.execute("SELECT pg_terminate_backend(%s)", (connection.transport.session.connect().info.backend_pid,))
+    connection.transport.holder().online = False
+    used = time.thread_time()
+    assert taker.drain(1) == []
+    assert time.thread_time() - used < 0.3
+    connection.transport.holder().online = True
+    send(connect(), "a")
+    until(lambda: taker.drain() == ["a"])
+
+
 def test_a_full_window_takes_nothing(connect: Connect, sql: cursor) -> None:
     send(connect(), *range(10))
     taker = Taker(connect(), prefetch=3)

@@ -434,14 +434,11 @@ class TestWriting:
         """It stores what befell its children, and has to serve the others while Postgres is away."""
         monkeypatch.setattr("app.results.store._worker_pid", os.getpid())
         app, task_id = make_app(), str(uuid4())
-        postgres.stop("immediate")
-        try:
+        with postgres.away("immediate"):
             start = time.monotonic()
             app.backend.mark_as_failure(task_id, ValueError())
             assert time.monotonic() - start < 0.2
             time.sleep(0.3)
-        finally:
-            postgres.start()
         with pytest.raises(ValueError, match=r"^$"):
             AsyncResult(task_id, app=app).get(timeout=10)
 

@@ -258,12 +258,11 @@ def test_a_failing_ping_fails(database: Database, logs: Path) -> None:
 def test_a_worker_survives_the_database(postgres: Cluster, database: Database, logs: Path) -> None:
     with ready_worker(database.dsn(), "housekeeping", logs) as worker:
         assert _ping(database.dsn(), "--queue", "housekeeping").returncode == 0
-        postgres.stop()
-        worker.wait_for(lambda line: "connection to Postgres is gone" in line["message"])
-        away = _ping(database.dsn(), "--queue", "housekeeping")
+        with postgres.away():
+            worker.wait_for(lambda line: "connection to Postgres is gone" in line["message"])
+            away = _ping(database.dsn(), "--queue", "housekeeping")
         assert away.returncode == 1
         assert "Traceback" not in away.stderr
-        postgres.start()
         back = _ping(database.dsn(), "--queue", "housekeeping", "--timeout", "5")
         assert back.returncode == 0, back.stdout
         assert worker.process.poll() is None
@@ -272,15 +271,10 @@ def test_a_worker_survives_the_database(postgres: Cluster, database: Database, l
 def test_a_worker_that_starts_before_the_database_waits_for_it(
     postgres: Cluster, database: Database, logs: Path
 ) -> None:
-    postgres.stop()
-    try:
-        with started_worker(database.dsn(), "housekeeping", logs) as worker:
-            worker.wait_for(lambda line: "onnect" in line["message"] and line["level"] != "INFO")
-            postgres.start()
-            assert _ping(database.dsn(), "--queue", "housekeeping", "--timeout", "10").returncode == 0
-    finally:
-        if postgres.process is None:
-            postgres.start()
+    with postgres.away(), started_worker(database.dsn(), "housekeeping", logs) as worker:
+        worker.wait_for(lambda line: "onnect" in line["message"] and line["level"] != "INFO")
+        postgres.start()
+        assert _ping(database.dsn(), "--queue", "housekeeping", "--timeout", "10").returncode == 0
 
 
 def test_a_worker_makes_no_table(empty_database: Database, logs: Path) -> None:
