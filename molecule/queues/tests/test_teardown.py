@@ -76,6 +76,17 @@ def test_a_server_that_somebody_else_uses_stays(worker: Host, database: Host) ->
     assert worker.service("skeldir-workers.target").is_running
 
 
+def test_a_server_beside_the_planes_stays(database: Host) -> None:
+    [version] = database.check_output("ls /usr/lib/postgresql").split()
+    database.check_output(f"pg_createcluster {version} others")
+    run = teardown("database", "--limit=db1", "--extra-vars=teardown_data_of=db1")
+    database.check_output(f"pg_dropcluster {version} others")
+    assert run.status != 0
+    assert run.changed == 0
+    assert f"{version}/others" in run.sentences[0]
+    assert holds_the_data(database)
+
+
 def test_a_dry_run_takes_nothing(database: Host) -> None:
     run = teardown("database", "--limit=db1", "--extra-vars=teardown_data_of=db1", "--check", "--diff")
     assert run.status == 0, run.output[-3000:]

@@ -68,6 +68,11 @@ class TestRefused:
         (tmp_path / "beat.ini").write_text("[beat]\ndb1\n")
         refused(site(f"--inventory={tmp_path / 'beat.ini'}"), "beat", "db1")
 
+    def test_an_address_that_depends_on_who_asks(self, tmp_path: Path) -> None:
+        written = tmp_path / "written.ini"
+        written.write_text("[workers]\nworker1 ansible_host='{{ skeldir_lab }}-{{ inventory_hostname }}'\n")
+        refused(site(f"--inventory={written}"), "worker1", "inventory_hostname")
+
     def test_an_override_for_a_queue_that_does_not_exist(self) -> None:
         refused(with_variables(skeldir_queue_overrides={"nosuch": {"concurrency": 2}}), "nosuch")
 
@@ -94,6 +99,24 @@ class TestRefused:
     def test_a_host_that_serves_a_queue_that_does_not_exist(self) -> None:
         refused(with_variables(skeldir_queues=[*SHEET.queues, "nosuch"]), "worker1", "nosuch")
 
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"worker_memory_max": "1 GB"},
+            {"worker_queue_limits": {next(iter(SHEET.queues)): {"memory_max": "much"}}},
+        ],
+    )
+    def test_a_limit_of_memory_that_systemd_would_ignore(self, given: dict[str, object]) -> None:
+        refused(with_variables(**given), "worker1", "4G")
+
+    def test_a_name_where_an_address_must_be(self) -> None:
+        refused(
+            site("--extra-vars=skeldir_address=db.example.net", "--limit=db1"), "db.example.net", "IP address"
+        )
+
+    def test_narrowing_the_schema_under_hosts_left_out(self) -> None:
+        refused(site("--extra-vars=contract=true", "--limit=db1"), "worker1", "--limit")
+
     def test_more_connections_than_the_server_has(self) -> None:
         refused(with_variables(postgres_max_connections=20), "connections", "worker host")
 
@@ -117,6 +140,18 @@ def test_a_host_that_is_not_debian(worker: Host) -> None:
         assert worker.check_output(STATE) == before
     finally:
         worker.check_output("mv /tmp/kept/* /etc/ && rmdir /tmp/kept")
+
+
+@pytest.mark.parametrize("settings", ["16/main/conf.d/skeldir.conf", "15/main/postgresql.conf"])
+def test_a_server_that_is_there_already(database: Host, settings: str) -> None:
+    path = f"/etc/postgresql/{settings}"
+    database.check_output(f"mkdir -p $(dirname {path}) && touch {path}")
+    before = database.check_output(STATE)
+    try:
+        refused(site(), "db1", settings.split("/", maxsplit=1)[0])
+        assert database.check_output(STATE) == before
+    finally:
+        database.check_output("rm -r /etc/postgresql")
 
 
 def test_an_unreachable_package_source(database: Host) -> None:
