@@ -7,7 +7,7 @@ import sys
 import yaml
 
 from app.core.topology import TopologyError, load_topology
-from monitoring import check, dashboards, deployed
+from monitoring import deployed
 
 
 def _rules(arguments: argparse.Namespace) -> int:
@@ -26,6 +26,8 @@ def _routes(arguments: argparse.Namespace) -> int:
 
 
 def _dashboards(arguments: argparse.Namespace) -> int:
+    from monitoring import dashboards  # noqa: PLC0415 - it takes a second, and a deployment needs none of it
+
     if not arguments.check:
         dashboards.write()
     elif stale := dashboards.stale():
@@ -36,6 +38,8 @@ def _dashboards(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from monitoring import check  # noqa: PLC0415 - as above
+
     findings = check.check()
     for found in findings.values():
         for problem in found:

@@ -5,6 +5,7 @@ import os
 import shlex
 import stat
 import tempfile
+import time
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -18,6 +19,7 @@ description:
   - Those take five connections a file to find that nothing is to be done; a run that changes nothing
     consists of little else.
   - Nothing is written when a folder is where a file is wanted, or the other way round.
+  - Can also say what keeps the service that reads them from running with them as they are now.
 options:
   files:
     description: In this order, so a folder goes before what is in it.
@@ -47,6 +49,14 @@ options:
       validate:
         description: A command that must find a new content good, with C(%s) for the file it is tried in.
         type: str
+  unit:
+    description: The service that reads the files.
+    type: str
+  read:
+    description: More paths that the service reads; those of O(files) need not be among them.
+    type: list
+    elements: path
+    default: []
 """
 
 EXAMPLES = """
@@ -63,6 +73,13 @@ files:
   description: The paths that changed.
   type: list
   returned: always
+lacks:
+  description:
+    - Why the service does not run with its files, or would not after a boot, a few words each.
+    - A process tells since when it runs; a file that is younger was never read by it. So a run that was interrupted
+      between file and restart is healed by the next one.
+  type: list
+  returned: with O(unit)
 """
 
 _FILE = {
@@ -78,7 +95,11 @@ _FILE = {
 def main() -> None:
     """Run as Ansible runs a module."""
     module = AnsibleModule(
-        argument_spec={"files": {"type": "list", "elements": "dict", "required": True, "options": _FILE}},
+        argument_spec={
+            "files": {"type": "list", "elements": "dict", "required": True, "options": _FILE},
+            "unit": {"type": "str"},
+            "read": {"type": "list", "elements": "path", "default": []},
+        },
         supports_check_mode=True,
     )
     os.umask(0o077)  # what is new is nobody else's until it has its mode
@@ -87,7 +108,42 @@ def main() -> None:
         module.fail_json(msg="; ".join(wrong))
     diffs: list[dict[str, Any]] = []
     changed = [file["path"] for file in wanted if _make(module, file, diffs)]
-    module.exit_json(changed=bool(changed), files=changed, diff=diffs)
+    answer = {"changed": bool(changed), "files": changed, "diff": diffs}
+    if unit := module.params["unit"]:
+        answer["lacks"] = _lacks(
+            module,
+            unit,
+            [file["path"] for file in wanted if file["content"] is not None] + module.params["read"],
+        )
+    module.exit_json(**answer)
+
+
+def _lacks(module: AnsibleModule, unit: str, paths: list[str]) -> list[str]:
+    """Why the service does not run with these files."""
+    command = ["systemctl", "show", "--property=MainPID,LoadState,UnitFileState", unit]
+    shown = module.run_command(command, check_rc=True)[1]
+    state = dict(line.split("=", 1) for line in shown.splitlines())
+    if state["LoadState"] == "not-found":
+        return ["there is no such unit"]
+    lacks = [] if state["UnitFileState"] == "enabled" else ["it isn't enabled"]
+    since = _began(state["MainPID"])
+    if since is None:
+        return [*lacks, "it doesn't run"]
+    # Within a second of it nobody can tell which was first.
+    younger = [path for path in paths if os.path.lexists(path) and os.lstat(path).st_mtime > since + 1]
+    return lacks + [f"{path} is younger than its process" for path in younger]
+
+
+def _began(process: str) -> float | None:
+    """When a process began, as seconds since 1970; proc(5)."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+    except FileNotFoundError:
+        return None
+    with open("/proc/uptime") as file:
+        up = float(file.read().split()[0])
+    return time.time() - up + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _in_the_way(file: dict[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
-from tests.lab import SHEET, http, sql, task_state, wait_until
+from tests.lab import SHEET, http, site, sql, task_state, wait_until
 
 assert SHEET.beat
 PORT, STANDBY = SHEET.beat.port, SHEET.beat.port - 1
@@ -88,3 +88,15 @@ def test_a_frozen_one_loses_the_lock_and_is_ended_by_its_watchdog(worker: Host) 
     assert wait_until(lambda: role(worker, STANDBY) == "active", 20) < 15
     wait_until(lambda: role(worker) == "standby", 90)
     assert worker.check_output(f"systemctl show --value --property=InvocationID {UNIT}") != before
+
+
+def test_a_process_that_is_older_than_its_files_is_started_anew(worker: Host) -> None:
+    """As a run leaves it that was interrupted between the file and the restart."""
+    invocation = f"systemctl show --value --property=InvocationID {UNIT}"
+    before = worker.check_output(invocation)
+    assert site("--tags=beat").changed == 0
+    assert worker.check_output(invocation) == before
+    worker.check_output("touch /etc/skeldir/beat.env")
+    run = site("--tags=beat")
+    assert (run.status, run.changed) == (0, 1), run.output[-2000:]
+    assert worker.check_output(invocation) != before
