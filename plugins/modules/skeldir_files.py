@@ -76,8 +76,8 @@ files:
 lacks:
   description:
     - Why the service does not run with its files, or would not after a boot, a few words each.
-    - A process tells since when it runs; a file that is younger was never read by it. So a run that was interrupted
-      between file and restart is healed by the next one.
+    - A process tells since when it runs; a file that is younger was never read by it. So a run that was
+      interrupted between file and restart is healed by the next one.
   type: list
   returned: with O(unit)
 """
