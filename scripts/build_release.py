@@ -8,7 +8,8 @@ itself, the migrations and `release.json`. Its bytes depend on its id and target
 
 `release.json` also holds a fingerprint for each queue: of its own entry in the sheet, of the modules of its
 own tasks, of all that queues share and of the locks. A unit must be restarted when its fingerprint changes,
-and need not be when only another queue's does.
+and need not be when only another queue's does. The entries themselves are there, too: on the way back to this
+release, ports and limits are its own, whatever the checkout says by then.
 
 Where packages come from is pip's own configuration (`pip.conf`, `PIP_*`).
 """
@@ -89,14 +90,16 @@ def queue_fingerprints(topology: Topology, files: list[Path]) -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-    """What `release.json` holds: `id`, `version` and the queues' fingerprints."""
+    """What `release.json` holds: `id`, `version`, the queues' fingerprints and their entries in the sheet."""
     files = list(sources())
     version = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
+    topology = load_topology()
     content = digest((str(path), (PROJECT / path).read_bytes()) for path in files)
     return {
         "id": f"{version}-{content}",
         "version": version,
-        "queues": queue_fingerprints(load_topology(), files),
+        "queues": queue_fingerprints(topology, files),
+        "sheet": topology.model_dump(mode="json")["queues"],
     }
 
 
