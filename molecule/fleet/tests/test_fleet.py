@@ -257,9 +257,16 @@ def test_a_drained_host_takes_nothing_and_says_so(
         back = playbook("playbooks/undrain.yml", "--limit=worker2.example.net")
         assert back.status == 0, back.output[-3000:]
         assert {ready(worker2, queue)[0] for queue in SHEET.queues} == {200}
-        one = playbook("playbooks/drain.yml", "--limit=worker2.example.net", "--extra-vars=queue=llm")
-        assert one.status == 0, one.output[-3000:]
-        assert [queue for queue in SHEET.queues if ready(worker2, queue)[0] != 200] == ["llm"]
+        two = "--extra-vars=queue='llm, maintenance'"
+        worker.check_output(f"systemctl stop {unit('llm')}")  # it takes nothing, whatever the inventory says
+        last = playbook("playbooks/drain.yml", "--limit=worker2.example.net", two)
+        assert any("nobody else takes jobs of llm," in sentence for sentence in last.sentences), last.output[
+            -3000:
+        ]
+        worker.check_output(f"systemctl start {unit('llm')}")
+        some = playbook("playbooks/drain.yml", "--limit=worker2.example.net", two)
+        assert some.status == 0, some.output[-3000:]
+        assert {queue for queue in SHEET.queues if ready(worker2, queue)[0] != 200} == {"llm", "maintenance"}
         assert playbook("playbooks/undrain.yml", "--limit=worker2.example.net").status == 0
         assert ready(worker2, "llm")[0] == 200
     nothing_lost(ledger)
@@ -286,6 +293,26 @@ def test_a_release_that_does_no_job_stops_at_the_first_host(
     assert back.status == 0, back.output[-4000:]
     assert {ready(worker, queue)[0] for queue in SHEET.queues} == {200}
     say(f"stopped after {run.seconds:.0f} s: {run.sentences[-1]}")
+
+
+def test_the_way_back_leads_past_a_release_whose_roll_failed(
+    worker: Host, worker2: Host, new: Path, say: Callable[[str], None]
+) -> None:
+    """Also when another one was deployed on top of it, as what mends the trouble."""
+    sound = current(worker2)
+    [mark] = worker.check_output("ls /opt/skeldir/releases/*/.unproved").split()
+    worker.check_output(
+        f"ln -sfn {Path(mark).parent.relative_to('/opt/skeldir')} /opt/skeldir/current"
+    )  # as it was
+    task = new / "app/celery_app.py"
+    task.write_text((ROOT / "app/celery_app.py").read_text() + "# mended\n")
+    mended = playbook("playbooks/deploy.yml", tree=new)
+    assert mended.status == 0, mended.output[-4000:]
+    assert sound != current(worker) == current(worker2)
+    back = playbook("playbooks/rollback.yml")
+    assert back.status == 0, back.output[-4000:]
+    assert [current(host) for host in (worker, worker2)] == [sound, sound]
+    say(f"mended in {mended.seconds:.0f} s, back in {back.seconds:.0f} s")
 
 
 def test_a_killed_host_leaves_every_queue_served(
