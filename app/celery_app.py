@@ -204,5 +204,5 @@ def _leave_task(task: PolicyTask, **_: Any) -> None:
 
 
 # Last, so that a worker that can't start says why before it listens on a port.
-worker_monitoring.install(celery_app, topology)
+worker_monitoring.install(celery_app, topology, rescued=broker.rescued)
 dead_letter_worker.install(celery_app, dead_letters)

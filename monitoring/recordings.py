@@ -25,6 +25,9 @@ EVENTS = (
 )
 """Times of events, which don't move along with the clock as a sign of life does."""
 
+COMPARED = ("celery_dlq_newest_failure_timestamp_seconds",)
+"""Times that are only compared with each other, never with the clock, so they stay as they are."""
+
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*(?:\{.*\})?) (\S+)$")
 
 
@@ -135,7 +138,9 @@ def held(moment: Moment, seconds: float, step: float, begins: float) -> Iterator
     points = int(seconds // step)
     for series, value in moment.series.items():
         name = name_of(series)
-        if name in EVENTS and value:
+        if name in COMPARED:
+            yield series, f"{value!r}x{points - 1}"
+        elif name in EVENTS and value:
             yield series, f"{begins - (moment.at - value):.3f}x{points - 1}"
         elif name.endswith("_timestamp_seconds") and value:
             yield series, f"{begins - (moment.at - value):.3f}+{step:g}x{points - 1}"

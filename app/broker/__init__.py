@@ -9,10 +9,10 @@ from typing import Any
 
 from kombu.transport import TRANSPORT_ALIASES, _transport_cache
 
-from app.broker.holder import DeadMessage, OnDead
+from app.broker.holder import DeadMessage, OnDead, rescued
 from app.broker.publishing import batch, in_transaction
 
-__all__ = ["DeadMessage", "OnDead", "batch", "in_transaction", "register"]
+__all__ = ["DeadMessage", "OnDead", "batch", "in_transaction", "register", "rescued"]
 
 
 def register(

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import psycopg2
 import psycopg2.extensions
@@ -100,6 +100,9 @@ class Transport(Protocol):
 
 class Holder:
     """The identity of this process at one broker, and what it has to settle."""
+
+    rescued: ClassVar[int] = 0
+    """How many messages of dead holders this process has given back to their queues."""
 
     def __init__(self, args: dict[str, str], on_dead: OnDead | None) -> None:
         self.id = 0
@@ -432,6 +435,7 @@ class Holder:
                     "SELECT kombu_rescue(%s, %s)", (holder_id, _LEASE if self.pooled else None)
                 )
                 if count[0][0]:
+                    Holder.rescued += count[0][0]
                     logger.warning("a worker died; %d message(s) it held are delivered again", count[0][0])
 
     def _return_orphans(self) -> None:
@@ -510,6 +514,11 @@ class Holder:
     def _wake(self) -> None:
         for transport in list(self.transports):
             transport.wake()
+
+
+def rescued() -> int:
+    """How many messages of dead holders this process has given back to their queues."""
+    return Holder.rescued
 
 
 def takes_locks_away(session: Session) -> bool:

@@ -182,7 +182,8 @@ class DeadLetters(Collected):
     _OPEN = """
         SELECT queue, task, class, state, count(*),
             extract(epoch FROM clock_timestamp() - min(last_failed_at))::float8,
-            extract(epoch FROM clock_timestamp() - min(changed_at))::float8
+            extract(epoch FROM clock_timestamp() - min(changed_at))::float8,
+            extract(epoch FROM max(last_failed_at))::float8
         FROM celery_task_failures WHERE state IN ('pending', 'in_progress') GROUP BY queue, task, class, state
     """
 
@@ -195,10 +196,12 @@ class DeadLetters(Collected):
             for kind in CLASSES
         }
         oldest = dict.fromkeys(((queue,) for queue in self.queues), 0.0)
+        newest = {(queue, kind): 0.0 for queue in self.queues for kind in CLASSES}
         replayed = 0.0
         cursor.execute(self._OPEN)
-        for queue, task, kind, state, number, age, since in cursor.fetchall():
+        for queue, task, kind, state, number, age, since, last in cursor.fetchall():
             key = (self.queue(queue), self.task(task), kind)
+            newest[key[::2]] = max(newest[key[::2]], last)
             found[key] = found.get(key, 0) + number
             oldest[key[:1]] = max(oldest[key[:1]], age)
             if state == "in_progress":
@@ -215,6 +218,13 @@ class DeadLetters(Collected):
                 "Time since the oldest open dead letter last failed.",
                 ("queue",),
                 oldest,
+            ),
+            # An arrival is seen in it also when it came while no exporter counted.
+            gauge(
+                "celery_dlq_newest_failure_timestamp_seconds",
+                "When the newest open dead letter last failed; 0 when none is open.",
+                ("queue", "failure_class"),
+                newest,
             ),
             gauge(
                 "celery_dlq_in_progress_oldest_age_seconds",

@@ -4,12 +4,12 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from celery.worker import state
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from app.observability.health import Health
@@ -21,11 +21,13 @@ class Vitals(Collector):
     Args:
         health: of the worker.
         queues: names of the sheet.
+        rescued: how many messages of dead workers this one has given back.
     """
 
-    def __init__(self, health: Health, queues: Sequence[str]) -> None:
+    def __init__(self, health: Health, queues: Sequence[str], rescued: Callable[[], int]) -> None:
         self._health = health
         self._queues = queues
+        self._rescued = rescued
         self._build = {"release": release(), "python": platform.python_version(), "celery": version("celery")}
 
     def collect(self) -> Iterator[Metric]:
@@ -46,6 +48,8 @@ class Vitals(Collector):
             "1 from when it was told to stop, and while an operator keeps it drained.",
             bool(health.draining or health.drained),
         )
+        # Apart, because draining ends by itself within minutes, and this lasts until somebody undoes it.
+        yield self._gauge("drained", "1 while an operator keeps it drained.", bool(health.drained))
         yield self._gauge(
             "loop_last_tick_timestamp_seconds",
             "When the consumer's loop last moved; now while a task may hold it.",
@@ -54,6 +58,12 @@ class Vitals(Collector):
         yield self._gauge(
             "database_connected", "1 while the database answers fresh connections.", health.probe.reachable
         )
+        rescued = CounterMetricFamily(
+            "celery_worker_rescued_messages",
+            "Messages that it gave back to their queues from workers that died.",
+            value=self._rescued(),
+        )
+        yield rescued
         build = GaugeMetricFamily("celery_worker_build_info", "What it runs.", labels=[*self._build])
         build.add_metric([*self._build.values()], 1)
         yield build

@@ -31,7 +31,16 @@ LOOP_BOUND = 60.0
 _STATUS_SECONDS = 5.0
 
 
-def install(app: Celery, sheet: Callable[[], Topology], loop_bound: float = LOOP_BOUND) -> None:
+def _nothing_rescued() -> int:
+    return 0
+
+
+def install(
+    app: Celery,
+    sheet: Callable[[], Topology],
+    loop_bound: float = LOOP_BOUND,
+    rescued: Callable[[], int] = _nothing_rescued,
+) -> None:
     """Let every worker of `app` be metered and watched, and messages say when they were published.
 
     A worker whose address for `/health` and `/metrics` is taken ends at once with EX_CONFIG.
@@ -40,6 +49,7 @@ def install(app: Celery, sheet: Callable[[], Topology], loop_bound: float = LOOP
         app: the Celery application.
         sheet: called when a worker starts, for the queues whose series begin at 0.
         loop_bound: see `LOOP_BOUND`.
+        rescued: how many messages of dead workers this one has given back.
     """
 
     @signals.before_task_publish.connect(weak=False)
@@ -52,11 +62,11 @@ def install(app: Celery, sheet: Callable[[], Topology], loop_bound: float = LOOP
     @signals.celeryd_init.connect(weak=False)
     def watch(instance: Any, conf: Any, options: dict[str, Any], **_: Any) -> None:
         if instance.app is app:
-            _watch(app, conf, options, sheet(), loop_bound)
+            health, metrics, server = _prepare(sheet(), _queues(options, sheet()), loop_bound, rescued)
+            _watch(app, conf, health, metrics, server)
 
 
-def _watch(app: Celery, conf: Any, options: dict[str, Any], sheet: Topology, loop_bound: float) -> None:
-    health, metrics, server = _prepare(sheet, _queues(options, sheet), loop_bound)
+def _watch(app: Celery, conf: Any, health: Health, metrics: TaskMetrics, server: Server) -> None:
 
     # In the worker's main process, before the pool exists.
     app.Task.Request = type("Request", (MeteredRequest,), {"metrics": metrics})
@@ -78,7 +88,7 @@ def stand_by(sheet: Topology, queue: str, reason: str) -> NoReturn:
         queue: of the sheet.
         reason: why it is drained, for `/health/ready`.
     """
-    health, _, server = _prepare(sheet, [queue], LOOP_BOUND)
+    health, _, server = _prepare(sheet, [queue], LOOP_BOUND, _nothing_rescued)
     health.drained = reason
     health.probe.start()
     notify("READY=1", _status(health))
@@ -88,13 +98,15 @@ def stand_by(sheet: Topology, queue: str, reason: str) -> NoReturn:
     sys.exit()
 
 
-def _prepare(sheet: Topology, queues: list[str], loop_bound: float) -> tuple[Health, TaskMetrics, Server]:
+def _prepare(
+    sheet: Topology, queues: list[str], loop_bound: float, rescued: Callable[[], int]
+) -> tuple[Health, TaskMetrics, Server]:
     settings = get_settings()
     metrics = TaskMetrics(sheet)
     metrics.begin_at_zero(queues)
     probe = DatabaseProbe(sqlalchemy_url(settings.database_url.get_secret_value()))
     health = Health(Pulse(loop_bound), probe)
-    metrics.registry.register(Vitals(health, metrics.queues))
+    metrics.registry.register(Vitals(health, metrics.queues, rescued))
     return health, metrics, _listen(settings, health, metrics)
 
 

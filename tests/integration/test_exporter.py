@@ -123,6 +123,7 @@ def test_every_series_is_there_from_the_beginning(database: Database) -> None:
             assert seen["celery_queue_messages", (queue.name, state)] == 0
         for kind in ("permanent", "transient", "timeout", "poison", "unknown_task", "invalid", "expired"):
             assert seen["celery_dlq_arrivals_total", (kind, queue.name)] == 0
+            assert seen["celery_dlq_newest_failure_timestamp_seconds", (kind, queue.name)] == 0
             for task in queue.tasks:
                 assert seen["celery_dlq_open", (kind, queue.name, task)] == 0
     assert (
@@ -212,6 +213,8 @@ def test_dead_letters_open_arriving_and_replayed(database: Database) -> None:
     seen = everything(database)
     assert seen["celery_dlq_open", ("timeout", "llm", ROUTE)] == 2
     assert 0 < seen["celery_dlq_oldest_open_age_seconds", ("llm",)] < 20
+    assert abs(time.time() - seen["celery_dlq_newest_failure_timestamp_seconds", ("timeout", "llm")]) < 20
+    assert seen["celery_dlq_newest_failure_timestamp_seconds", ("poison", "llm")] == 0
     assert seen["celery_dlq_in_progress_oldest_age_seconds", ()] == 0
     for row in (first, second):
         run(database, "INSERT INTO kombu_queue (name) VALUES ('llm') ON CONFLICT DO NOTHING")
@@ -249,13 +252,15 @@ def test_an_old_transaction_shows(database: Database) -> None:
     holding = database.connect("app_user")
     try:
         holding.autocommit = False
-        holding.cursor().execute("SELECT pg_current_xact_id()")
+        # It has changed something and reads nothing now: it has no snapshot, and yet vacuum waits for it.
+        holding.cursor().execute("INSERT INTO kombu_queue (name) VALUES ('written')")
         for number in range(5):
             run(database, "SELECT kombu_declare(%s, NULL, NULL)", f"queue{number}")
         time.sleep(1)
         seen = everything(database)
         assert 1 <= seen["celery_postgres_oldest_transaction_age_seconds", ()] < 20
         assert seen["celery_postgres_connections", ("app_user",)] == before + 1
+        assert seen["celery_postgres_oldest_xmin_age_transactions", ()] >= 5
         holding.rollback()
         holding.cursor().execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         holding.cursor().execute("SELECT 1")

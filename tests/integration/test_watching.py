@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,6 +276,8 @@ def test_vitals(watched: Watched) -> None:
         "pool_size": 1 if watched.pool == "solo" else 2,
         "ready": 1,
         "draining": 0,
+        "drained": 0,
+        "rescued_messages_total": 0,
         "database_connected": 1,
         "build_info": 1,
     }
@@ -376,6 +378,36 @@ def test_a_task_may_hold_the_loop_up_to_its_limit(watched: Watched) -> None:
     while watched.samples()["success_total", "slow"] == before["success_total", "slow"]:
         assert watched.status("/health/live") == 200
         time.sleep(0.3)
+
+
+def test_messages_of_a_killed_worker_are_counted_by_who_gives_them_back(
+    postgres: Cluster, tmp_path: Path
+) -> None:
+    with _watched(postgres, "prefork", "watched_rescue", tmp_path) as killed:
+        killed.send("for _ in range(3): slow.delay(2)")
+        _wait(lambda: killed.samples()["in_flight", "slow"] == 2, 10)
+        held = "SELECT count(*) FROM kombu_message WHERE holder IS NOT NULL"
+        with closing(postgres.connect(database="watched_rescue")) as session, session.cursor() as cursor:
+
+            def one(query: str) -> int:
+                cursor.execute(query)
+                return int(cursor.fetchall()[0][0])
+
+            assert one(held) == 3
+            os.killpg(killed.worker.process.pid, signal.SIGSTOP)
+            try:
+                port = free_port()
+                env = _environment(killed.dsn, tmp_path, CELERY_METRICS_PORT=str(port))
+                with started(_command("prefork"), tmp_path / "rescuer", env) as worker:
+                    rescuer = Watched("prefork", killed.dsn, port, tmp_path, worker, {})
+                    _wait(lambda: _listens(port) and rescuer.status("/health/ready") == 200, 20)
+                    assert "\ncelery_worker_rescued_messages_total 0.0\n" in rescuer.get("/metrics")[1]
+                    os.killpg(killed.worker.process.pid, signal.SIGKILL)
+                    _wait(lambda: rescuer.samples()["success_total", "slow"] == 3, 20)
+                    assert "\ncelery_worker_rescued_messages_total 3.0\n" in rescuer.get("/metrics")[1]
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(killed.worker.process.pid, signal.SIGKILL)
 
 
 def test_the_dsn_is_in_no_answer(watched: Watched) -> None:

@@ -176,6 +176,7 @@ def test_a_drained_worker_answers_and_takes_nothing(database: Database, logs: Pa
         assert json.loads(get("/health")[1])["drained"] == "new kernel"
         metrics = get("/metrics")[1]
         assert 'celery_worker_draining{queue="llm"} 1.0' in metrics
+        assert 'celery_worker_drained{queue="llm"} 1.0' in metrics
         assert 'celery_worker_ready{queue="llm"} 0.0' in metrics
         assert 'queue="llm"' in metrics.partition("celery_task_started_total")[2]
     assert database.rows("SELECT count(*) FROM kombu_message WHERE holder IS NULL") == [(1,)]

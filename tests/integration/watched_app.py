@@ -55,7 +55,7 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     worker_cancel_long_running_tasks_on_connection_loss=False,
 )
-worker_monitoring.install(app, lambda: SHEET, loop_bound=LOOP_BOUND)
+worker_monitoring.install(app, lambda: SHEET, loop_bound=LOOP_BOUND, rescued=broker.rescued)
 
 
 @signals.task_received.connect

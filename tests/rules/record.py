@@ -118,6 +118,15 @@ class Plane:
         if wait_for_it:
             wait(lambda: self.targets.value("celery-worker", "celery_worker_ready", queue=queue) == 1)
 
+    def start_drained(self) -> None:
+        """Another host's unit of the busy queue that an operator drained; a dead neighbour rings all the same."""
+        port = self.targets.port("celery-worker", f"worker2:{SHEET.queues[BUSY].metrics_port}")
+        code = f"from {MODULE} import stand_by_for; stand_by_for({BUSY!r})"
+        env = environment(self.database.dsn(), CELERY_METRICS_PORT=str(port))
+        stack = self.stacks["drained"] = ExitStack()
+        stack.enter_context(started([sys.executable, "-c", code], self.folder / "drained", env))
+        wait(lambda: self.told("celery_worker_drained") == 1)
+
     def start_exporter(self) -> None:
         port = self.targets.port("skeldir-exporter", f"worker1:{SHEET.exporter.port}")
         code = f"from {MODULE} import run_exporter; run_exporter({port})"
@@ -366,6 +375,9 @@ def record(plane: Plane, disk: Path) -> None:
 
     plane.kill("exporter")
     targets.moment("exporter_killed")
+    plane.send("fails", 60)  # which no exporter counts
+    failed = "SELECT count(*) FROM celery_task_failures WHERE last_failed_at > now() - interval '60 s'"
+    wait(lambda: plane.database.rows(failed) == [(60,)])
     plane.start_exporter()
     targets.moment("exporter_again")
 
@@ -408,6 +420,7 @@ def main() -> None:
         stack.callback(lambda: [each.close() for each in plane.stacks.values()])
         for queue in SHEET.queues:
             plane.start_worker(queue)
+        plane.start_drained()
         plane.start_exporter()
         plane.start_beat()
         node_stack = stack.enter_context(ExitStack())

@@ -86,6 +86,13 @@ def _freeze_the_loop(request, **_) -> None:  # type: ignore[no-untyped-def]
         time.sleep(FROZEN)
 
 
+def stand_by_for(queue: str) -> None:
+    """Become a drained unit of this plane."""
+    from app.observability.worker_monitoring import stand_by  # noqa: PLC0415 - only this process is one
+
+    stand_by(SHEET, queue, "recorded")
+
+
 def run_exporter(port: int) -> None:
     """Become the exporter of this plane."""
     from app.exporter.process import run  # noqa: PLC0415 - only this process is one
