@@ -308,9 +308,7 @@ def _openmetrics(moments: list[Moment], begin: float) -> str:
                 shown = value
                 if recordings.is_counter(series) and first < value:
                     shown = first + (value - first) * (point + 1) * step / _HELD
-                elif recordings.name_of(series) in recordings.COMPARED:
-                    pass
-                elif recordings.name_of(series).endswith("_timestamp_seconds") and value:
+                elif recordings.tells_the_time(series) and value:
                     shown = at - (moment.at - value)
                 lines[series].append(f"{series} {shown!r} {at:.3f}\n")
     return "".join(line for series in sorted(lines) for line in lines[series]) + "# EOF\n"

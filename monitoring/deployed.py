@@ -17,7 +17,7 @@ from monitoring.sheet import sheet_rules
 
 PROMETHEUS = Path(__file__).parents[1] / "prometheus"
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_WINDOW = re.compile(r"(?<=\[)\d+[smhd](?=\])")
+_WINDOW = re.compile(r"(?<=\[)\d+[smhd](?=\])|(?<=\boffset )\d+[smhd]\b")
 _PAUSES = ("group_wait", "group_interval", "repeat_interval")
 
 

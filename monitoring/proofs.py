@@ -67,6 +67,12 @@ TROUBLES = {
     "PrometheusRuleFailing": Trouble("busy", "busy", lasts=10),
     "AlertmanagerNotificationsFailing": Trouble("busy", "busy", lasts=10),
 }
+AGAIN = {
+    "CeleryDlqArrivals": Trouble("exporter_again", "exporter_again", before="disk_free", lasts=5),
+    "CeleryDlqBurst": Trouble("exporter_again", "exporter_again", before="disk_free", lasts=5),
+}
+"""Another trouble in which an alert must fire: dead letters that came while there was no exporter to count them."""
+
 ALWAYS = ("Watchdog",)
 """Alerts that fire in every moment."""
 
@@ -87,7 +93,8 @@ def unproved(moments: list[Moment], sheet: str) -> dict[str, str]:
                     failed[alert] = "no recorded trouble is named for it in monitoring/proofs.py"
                     continue
                 try:
-                    test = _test(alert, TROUBLES[alert], moments, by_name, names)
+                    troubles = [TROUBLES[alert], *([AGAIN[alert]] if alert in AGAIN else [])]
+                    tests = [_test(alert, trouble, moments, by_name, names) for trouble in troubles]
                 except KeyError as error:
                     failed[alert] = f"the recording has no moment {error}"
                     continue
@@ -95,7 +102,7 @@ def unproved(moments: list[Moment], sheet: str) -> dict[str, str]:
                     "rule_files": [str(file), "sheet.yml"],
                     "evaluation_interval": f"{STEP}s",
                     "group_eval_order": ["sheet", file.stem.partition("-")[2]],
-                    "tests": [test],
+                    "tests": tests,
                 }
                 path = Path(folder) / f"{alert}.yml"
                 path.write_text(json.dumps(document))

@@ -129,6 +129,11 @@ def is_counter(series: str) -> bool:
     return name_of(series).endswith(("_total", "_bucket", "_count", "_sum"))
 
 
+def tells_the_time(series: str) -> bool:
+    """Whether a series is a time that rules compare with the clock."""
+    return name_of(series).endswith("_timestamp_seconds") and name_of(series) not in COMPARED
+
+
 def held(moment: Moment, seconds: float, step: float, begins: float) -> Iterator[tuple[str, str]]:
     """Every series of a moment that lasts, in promtool's notation: values from `begins` on, every `step`.
 
@@ -138,11 +143,9 @@ def held(moment: Moment, seconds: float, step: float, begins: float) -> Iterator
     points = int(seconds // step)
     for series, value in moment.series.items():
         name = name_of(series)
-        if name in COMPARED:
-            yield series, f"{value!r}x{points - 1}"
-        elif name in EVENTS and value:
+        if name in EVENTS and value:
             yield series, f"{begins - (moment.at - value):.3f}x{points - 1}"
-        elif name.endswith("_timestamp_seconds") and value:
+        elif tells_the_time(series) and value:
             yield series, f"{begins - (moment.at - value):.3f}+{step:g}x{points - 1}"
         elif name.endswith("_age_seconds") and value:
             yield series, f"{value:.3f}+{step:g}x{points - 1}"

@@ -656,7 +656,7 @@ WORKERS = Page(
                 ),
                 Panel(
                     "Since the loop moved",
-                    "Age of the consumer loop's last move. Normal: below 3 s. At 60 s systemd ends the unit.",
+                    "Age of the consumer loop's last move. Normal: below 3 s. At 180 s systemd ends the unit.",
                     (
                         (
                             'time() - celery_worker_loop_last_tick_timestamp_seconds{instance=~"$instance"}',

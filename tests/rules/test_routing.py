@@ -99,8 +99,10 @@ def test_a_dead_database_is_one_page(alertmanager: Alertmanager) -> None:
     alertmanager.fire(*({"alertname": name, "severity": severity} | EVERYWHERE for name, severity in ALERTS))
     calling = alertmanager.calling(len(ALERTS))
     told = ("Celery", "Postgres", "SkeldirExporterCollector", "SkeldirBeat")
-    assert {one for one in calling if one.startswith(told)} == {"PostgresDown critical"}
-    assert "HostDiskFilling critical" in calling  # it may be the cause
+    # Without a free connection no probe gets through either, and only this page says how to end that.
+    cause = "PostgresConnectionsHigh critical"
+    assert {one for one in calling if one.startswith(told)} == {"PostgresDown critical", cause}
+    assert "HostDiskFilling critical" in calling  # it may be the cause, too
     assert "Watchdog none" in calling
 
 
@@ -110,8 +112,14 @@ def test_a_queue_without_worker_is_one_page_and_hides_no_other_queue(alertmanage
         {"alertname": "CeleryWorkerDown", "severity": "warning", "queue": "llm", "instance": "w:1"},
         {"alertname": "CeleryQueueOldestAge", "severity": "critical", "queue": "llm"},
         {"alertname": "CeleryQueueOldestAge", "severity": "warning", "queue": "maintenance"},
+        {"alertname": "CeleryWorkerLoopStalled", "severity": "critical", "queue": "llm", "instance": "w:1"},
     )
-    assert alertmanager.calling(4) == {"CeleryQueueNoConsumer critical", "CeleryQueueOldestAge warning"}
+    # Of a unit that is there and frozen only its own page says what to do.
+    assert alertmanager.calling(5) == {
+        "CeleryQueueNoConsumer critical",
+        "CeleryQueueOldestAge warning",
+        "CeleryWorkerLoopStalled critical",
+    }
 
 
 def test_what_pages_needs_no_ticket(alertmanager: Alertmanager) -> None:
