@@ -71,7 +71,7 @@ AGAIN = {
     "CeleryDlqArrivals": Trouble("exporter_again", "exporter_again", before="disk_free", lasts=5),
     "CeleryDlqBurst": Trouble("exporter_again", "exporter_again", before="disk_free", lasts=5),
 }
-"""Another trouble in which an alert must fire: dead letters that came while there was no exporter to count them."""
+"""Another trouble in which an alert must fire: dead letters that came while no exporter counted them."""
 
 ALWAYS = ("Watchdog",)
 """Alerts that fire in every moment."""

@@ -1,7 +1,7 @@
 """The oldest snapshot, seen also where a session has written and reads nothing just now.
 
-Between two statements of a READ COMMITTED transaction `backend_xmin` is null. Once it has written, vacuum waits
-for its own number, `backend_xid`: the commonest of all holders wrote and was left idle in its transaction.
+Between two statements of a READ COMMITTED transaction `backend_xmin` is null. Once it has written, vacuum
+waits for its own number, `backend_xid`: the commonest of all holders wrote and was left idle so.
 """
 
 from alembic import op

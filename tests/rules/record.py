@@ -119,7 +119,7 @@ class Plane:
             wait(lambda: self.targets.value("celery-worker", "celery_worker_ready", queue=queue) == 1)
 
     def start_drained(self) -> None:
-        """Another host's unit of the busy queue, drained all the time: what its neighbour does rings all the same."""
+        """Another host's unit of the busy queue, drained all the time: it must keep nothing from ringing."""
         port = self.targets.port("celery-worker", f"worker2:{SHEET.queues[BUSY].metrics_port}")
         code = f"from {MODULE} import stand_by_for; stand_by_for({BUSY!r})"
         env = environment(self.database.dsn(), CELERY_METRICS_PORT=str(port))
