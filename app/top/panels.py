@@ -713,9 +713,22 @@ WORKERS = Page(
                             "{{queue}}",
                         ),
                     ),
-                    width=12,
+                    width=6,
                     bounds=(1, 1),
                     runbook="CeleryDlqCaptureErrors",
+                ),
+                Panel(
+                    "Rescued, last hour",
+                    "Messages it gave back from workers that died. Normal: 0. Each is run again by a living worker.",
+                    (
+                        (
+                            "sum by (instance) "
+                            '(increase(celery_worker_rescued_messages_total{instance=~"$instance"}[1h]))',
+                            "{{instance}}",
+                        ),
+                    ),
+                    width=6,
+                    runbook="CeleryMessagesHeldByDead",
                 ),
                 Panel(
                     "What it runs",
