@@ -145,3 +145,22 @@ def test_new_ones_are_for_the_rotation_alone(plane: Plane, made: Plane) -> None:
     assert "worker2.example.net" in sentence
     assert "worker1.example.net" not in sentence
     plane.accepted(extra(preflight_rotates=True))
+
+
+def test_a_rotation_puts_them_into_the_vault_beside_what_else_is_there(plane: Plane, made: Plane) -> None:
+    old = made.holds(made.vault)
+    lines = [f"{name}: {password}" for name, password in old.items()]
+    plane.vault.write_text("\n".join([*lines, "# not the plane's", 'other: "a: b"', ""]))
+    encrypted = plane.run("ansible-vault", "encrypt", f"--vault-password-file={plane.password}", plane.vault)
+    assert encrypted.status == 0
+    plane.made("--extra-vars=next=true")
+    new = plane.holds(plane.vault_next)["skeldir_secrets_next"]
+    # What a host of the example would be asked before and after these tasks nobody answers.
+    only = ("--limit=db1.example.net", extra(ansible_host="127.0.0.1", ansible_port=1))
+    plane.playbook("playbooks/rotate.yml", *only, "--start-at-task=Put them into the vault*")
+    kept = {"vault_skeldir_grafana_admin": old["vault_skeldir_grafana_admin"], "other": "a: b"}
+    assert isinstance(new, dict)
+    assert plane.holds(plane.vault) == {f"vault_skeldir_{role}": new[role] for role in ROLES} | kept
+    assert plane.vault.read_text().startswith("$ANSIBLE_VAULT")
+    plane.playbook("playbooks/rotate.yml", *only, "--start-at-task=Say what is left to do")
+    assert not plane.vault_next.exists()
