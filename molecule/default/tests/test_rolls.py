@@ -74,30 +74,42 @@ def later(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
+@pytest.fixture
+def endless(database: Host) -> Iterator[None]:
+    """Jobs that enforce retention go on until the table `going_on` is dropped."""
+    wait = "WHILE to_regclass('public.going_on') IS NOT NULL LOOP PERFORM pg_sleep(0.2); END LOOP"
+    sql(
+        database,
+        "CREATE TABLE public.going_on (); CREATE FUNCTION public.go_on() RETURNS trigger LANGUAGE plpgsql"
+        f" AS $go$BEGIN {wait}; RETURN NULL; END$go$;"
+        " CREATE TRIGGER goes_on BEFORE DELETE ON events EXECUTE FUNCTION public.go_on()",
+    )
+    yield
+    sql(database, "DROP TABLE IF EXISTS public.going_on")
+    sql(database, "DROP FUNCTION public.go_on CASCADE")
+
+
+@pytest.mark.usefixtures("endless")
 def test_a_job_outlasts_the_lower_time_limit_that_its_own_roll_brings(worker: Host, database: Host) -> None:
     """The unit is stopped under the limit its process was started with; afterwards the new one counts."""
-    held = "FROM pg_locks WHERE relation = 'events'::regclass AND mode = 'AccessExclusiveLock' AND granted"
     state = f"systemctl show --value --property=ActiveState {unit(QUEUE.name)}"
     limit = f"systemctl show --value --property=TimeoutStopUSec {unit(QUEUE.name)}"
     before = worker.check_output(limit)
-    lock = "BEGIN; LOCK TABLE events; SELECT pg_sleep(300)"
     with ThreadPoolExecutor() as pool:
-        pool.submit(database.run, f"runuser --user=postgres -- psql --dbname=skeldir --command='{lock}'")
-        wait_until(lambda: sql(database, f"SELECT count(*) {held}") != "0", 10)
-        task_id = python(
-            worker,
-            "import json; from app.celery_app import celery_app;"
-            f"print(json.dumps(celery_app.send_task('{RETENTION}', ['{TENANT}']).id))",
-        )
         try:
-            waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'events'::regclass AND NOT granted"
-            wait_until(lambda: sql(database, waiting) != "0", 15)
+            task_id = python(
+                worker,
+                "import json; from app.celery_app import celery_app;"
+                f"print(json.dumps(celery_app.send_task('{RETENTION}', ['{TENANT}']).id))",
+            )
+            sleeping = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+            wait_until(lambda: sql(database, sleeping) != "0", 15)
             lowered = pool.submit(playbook, "playbooks/deploy.yml", f"--extra-vars={json.dumps(LOWERED)}")
             wait_until(lambda: worker.check_output(state) == "deactivating", 300)
-            worker.check_output("sleep 10")  # more than the new limit and margin
+            worker.check_output("sleep 10")  # more than the new limit and its margin
             assert worker.check_output(state) == "deactivating"
         finally:
-            sql(database, f"SELECT pg_terminate_backend(pid) {held}")
+            sql(database, "DROP TABLE public.going_on")
         run = lowered.result()
     assert run.status == 0, run.output[-3000:]
     assert task_state(database, task_id) == "SUCCESS"
