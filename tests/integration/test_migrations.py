@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,55 @@ def test_runs_from_a_release_with_any_form_of_the_dsn(postgres: Cluster, tmp_pat
     assert {line.split()[0] for line in heads.splitlines()} <= {
         line.split()[0] for line in done.stdout.splitlines()
     }
+
+
+CONTRACT = """
+revision = "contract_0001"
+down_revision = None
+branch_labels = ("contract",)
+depends_on = "monitoring_0001"
+
+
+def upgrade():
+    pass
+"""
+
+
+def test_compose_runs_a_contract_migration_only_when_it_is_asked_to(
+    empty_database: Database, tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "alembic", tmp_path / "alembic")
+    for file in ("alembic.ini", "compose/migrate.py", "roles/schema/files/pending.py"):  # as in the image
+        shutil.copy(ROOT / file, tmp_path)
+    (tmp_path / "alembic/versions/contract_0001_nothing_old.py").write_text(CONTRACT)
+    dsn = empty_database.dsn("app_owner")
+    # A database of the release before: one that is new has nobody to wait for.
+    alembic(empty_database, "upgrade", "celery_foundation@head")
+
+    def migrate(**environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-I", tmp_path / "migrate.py"],
+            cwd=tmp_path,
+            env={"PATH": "/usr/bin:/bin", "DATABASE_URL": dsn} | environment,
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def applied() -> set[object]:
+        return {row[0] for row in empty_database.rows("SELECT version_num FROM alembic_version")}
+
+    assert "contract_0001 would take away" in migrate()
+    assert "contract_0001" not in applied()
+    assert TABLES["core_schema"] <= relations(empty_database)
+    migrate()
+    assert "contract_0001" not in applied()
+    migrate(SKELDIR_CONTRACT="true")
+    assert "contract_0001" in applied()
+    assert migrate() == ""
 
 
 # Rules of squawk that don't apply, each with its reason.
