@@ -194,7 +194,7 @@ class Plane:
         kind: str = "group",
         **options: Any,
     ) -> subprocess.Popen[Any]:
-        with log.open("ab") as output:
+        with log.open("ab") as output, _undisturbed():
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -204,8 +204,8 @@ class Plane:
                 start_new_session=True,  # Ctrl-C is for this process, which then ends the others in order
                 **({"cwd": ROOT} | options),
             )
-        self._children.append(process)
-        self._tell_guard(kind, process.pid)
+            self._children.append(process)
+            self._tell_guard(kind, process.pid)
         return process
 
     def _end(self) -> None:
@@ -387,17 +387,8 @@ class Plane:
             DevError: a port is taken.
         """
         (self.folder / "log").mkdir(exist_ok=True)
-        wanted: dict[str, tuple[int, list[str]]] = {
-            queue.name: (queue.metrics_port, ["worker", queue.name]) for queue in sheet.queues.values()
-        }
-        if sheet.beat:
-            wanted["beat"] = (sheet.beat.port, ["beat"])
-        for name, (port, _) in wanted.items():
-            if not _is_free(address(), port):
-                raise DevError(
-                    f"Port {port}, which app/topology.yml gives to {name}, is taken by another process:"
-                    " stop it, or give this plane another address, such as CELERY_METRICS_ADDR=127.0.0.2."
-                )
+        wanted = _wanted(sheet)
+        self._check_ports(wanted)
         before, self.processes = self.processes, {}
         for name, (port, words) in wanted.items():
             log = self.folder / "log" / f"{name}.log"
@@ -407,6 +398,16 @@ class Plane:
             process = Process(name, [BIN / "skeldir", *words], port, log, offset=offset)
             process.started = self._spawn(process.command, log, self._environment("app_user"))
             self.processes[name] = process
+
+    def _check_ports(self, wanted: Mapping[str, tuple[int, list[str]]]) -> None:
+        """Those of this plane's own living processes will be free once they are stopped."""
+        own = {p.port for p in self.processes.values() if p.started and p.started.poll() is None}
+        for name, (port, _) in wanted.items():
+            if port not in own and not _is_free(address(), port):
+                raise DevError(
+                    f"Port {port}, which app/topology.yml gives to {name}, is taken by another process:"
+                    " stop it, or give this plane another address, such as CELERY_METRICS_ADDR=127.0.0.2."
+                )
 
     def stop(self) -> None:
         """End the workers and the scheduler: what they run may finish, for a while."""
@@ -444,6 +445,7 @@ class Plane:
         try:
             self.migrate()
             sheet = load_topology()
+            self._check_ports(_wanted(sheet))  # before anything is stopped
             self.stop()
             self.start(sheet)
         except DevError as error:
@@ -465,6 +467,33 @@ class Plane:
             else:
                 process.started = None
                 yield f"{name} ended with status {status}; it starts again when the code changes"
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What would interrupt waits for the end of the block: what the guard does not know would stay.
+
+    By handlers, because a signal that is blocked stays so in a process that is started meanwhile.
+    """
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, _: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for each in came[:1]:
+            signal.raise_signal(each)
+
+
+def _wanted(sheet: Topology) -> dict[str, tuple[int, list[str]]]:
+    """The port and the words of each process."""
+    wanted = {queue.name: (queue.metrics_port, ["worker", queue.name]) for queue in sheet.queues.values()}
+    if sheet.beat:
+        wanted["beat"] = (sheet.beat.port, ["beat"])
+    return wanted
 
 
 def _is_free(host: str, port: int) -> bool:
