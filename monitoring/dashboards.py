@@ -1,5 +1,6 @@
 """Grafana's JSON from `app.top.panels`: `python -m monitoring dashboards` writes grafana/dashboards/."""
 
+import json
 from pathlib import Path
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, table, timeseries
@@ -21,6 +22,7 @@ RUNBOOKS = "https://runbooks.example"
 """Where runbooks are read; a deployment puts its own address in its place, a reader may in the variable."""
 
 _SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
+_RUNBOOK = "${runbooks}/${__data.fields.alertname}.md"
 _HEIGHT = {"graph": 8, "stat": 4, "table": 8, "summary": 8}
 _COLUMNS = 24
 
@@ -29,10 +31,12 @@ _ANNOTATIONS = (
     (
         "Deployments",
         "blue",
+        # The hour before, so that a gap in the samples is no deployment.
         "count by (release) (celery_worker_build_info) "
-        "unless count by (release) (celery_worker_build_info offset 5m)",
+        "unless count by (release) (max_over_time(celery_worker_build_info[1h] offset 5m))",
+        "release",
     ),
-    ("Replays", "purple", "sum by (result) (increase(celery_dlq_replays_total[1m])) > 0"),
+    ("Replays", "purple", "sum by (result) (increase(celery_dlq_replays_total[1m])) > 0", "result"),
 )
 
 
@@ -55,7 +59,7 @@ def rendered(page: Page) -> str:
             .keep_time(True)
         )
         .with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
-        .annotations([_annotation(*each) for each in _ANNOTATIONS])
+        .annotations([_annotation(*each[:3]) for each in _ANNOTATIONS])
     )
     for variable in page.variables:
         board.with_variable(_variable(variable))
@@ -73,7 +77,12 @@ def rendered(page: Page) -> str:
             board.with_panel(_panel(panel).id(number).grid_pos(_place(left, top, panel.width, height)))
             left, tallest = left + panel.width, max(tallest, height)
         top += tallest
-    return JSONEncoder(sort_keys=True, indent=2).encode(board.build()) + "\n"
+    made = json.loads(JSONEncoder().encode(board.build()))
+    # The SDK doesn't know what an annotation says.
+    for annotation, (name, _, _, label) in zip(made["annotations"]["list"], _ANNOTATIONS, strict=True):
+        said = f"{name}: {{{{{label}}}}}"
+        annotation |= {"titleFormat": said, "textFormat": f"{{{{{label}}}}}", "tagKeys": label}
+    return json.dumps(made, sort_keys=True, indent=2) + "\n"
 
 
 def write() -> None:
@@ -125,7 +134,7 @@ def _panel(panel: Panel) -> timeseries.Panel | stat.Panel | table.Panel:
     if panel.kind == "stat":
         made = stat.Panel().color_mode(BigValueColorMode.BACKGROUND)
     elif panel.kind == "table":
-        made = table.Panel()
+        made = _table(panel)
     elif panel.kind == "summary":
         made = _summary(panel)
     else:
@@ -161,6 +170,15 @@ def _panel(panel: Panel) -> timeseries.Panel | stat.Panel | table.Panel:
         if panel.kind in ("table", "summary"):
             query.format(PromQueryFormat.TABLE)
         made.with_target(query)
+    return made
+
+
+def _table(panel: Panel) -> table.Panel:
+    made = table.Panel()
+    if any(expression.startswith("ALERTS") for expression in panel.expressions):
+        made.override_by_name(
+            "alertname", [models.DynamicConfigValue("links", [{"title": "Runbook", "url": _RUNBOOK}])]
+        )
     return made
 
 
