@@ -77,7 +77,9 @@ def later(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def endless(database: Host) -> Iterator[None]:
     """Jobs that enforce retention go on until the table `going_on` is dropped."""
-    wait = "WHILE to_regclass('public.going_on') IS NOT NULL LOOP PERFORM pg_sleep(0.2); END LOOP"
+    # Not by to_regclass(), which goes on to answer from its cache while a transaction takes no locks.
+    going_on = "EXISTS (SELECT FROM pg_class WHERE relname = 'going_on')"
+    wait = f"WHILE {going_on} LOOP PERFORM pg_sleep(0.2); END LOOP"
     sql(
         database,
         "CREATE TABLE public.going_on (); CREATE FUNCTION public.go_on() RETURNS trigger LANGUAGE plpgsql"
