@@ -59,6 +59,12 @@ def _unit(queue: str) -> str:
     return f"skeldir-worker@{queue}.service"
 
 
+def _address(queue: str) -> str:
+    """Where the host of a unit asks it, as a word of a script."""
+    settings = f"/etc/skeldir/worker/{queue}.env"
+    return f"\"$(sed -n 's/^CELERY_METRICS_ADDR=//p' {settings}):{SHEET.queues[queue].metrics_port}\""
+
+
 def _given_up(unit: str) -> str:
     """Kill a unit as often as systemd starts it, until it starts it no more."""
     return f"""
@@ -137,8 +143,8 @@ _POISON = Fault(
     # The job waits for the lock, so its process can be killed in the middle of it.
     f"""
 set -e
-port={SHEET.queues[REFRESHES].metrics_port}
-number() {{ curl -sf 127.0.0.1:$port/metrics | awk -v name="$1" 'index($0, name "{{") == 1 {{ sum += $NF }} END {{ print sum + 0 }}'; }}
+address={_address(REFRESHES)}
+number() {{ curl -sf "$address/metrics" | awk -v name="$1" 'index($0, name "{{") == 1 {{ sum += $NF }} END {{ print sum + 0 }}'; }}
 lost=$(number celery_task_worker_lost_total)
 {_publish(f"app.send_task({REFRESH!r})")}
 for killed in 1 2 3; do
@@ -223,14 +229,14 @@ systemctl service-watchdogs no
 cat >/run/skeldir-drill-stall.py <<'CODE'
 import ctypes, os, sys, time
 from urllib.request import urlopen
-process, port = map(int, sys.argv[1:])
+process, address = int(sys.argv[1]), sys.argv[2]
 trace = ctypes.CDLL(None, use_errno=True).ptrace
 SEIZE, INTERRUPT, DETACH = 0x4206, 0x4207, 17
 for _ in range(20):
     if trace(SEIZE, process, None, None) or trace(INTERRUPT, process, None, None):
         sys.exit("process %d can't be traced: error %d" % (process, ctypes.get_errno()))
     try:
-        urlopen("http://127.0.0.1:%d/metrics" % port, timeout=3).read()
+        urlopen("http://%s/metrics" % address, timeout=3).read()
         break
     except OSError:
         trace(DETACH, process, None, None)
@@ -239,7 +245,7 @@ for _ in range(20):
 while os.WIFSTOPPED(os.waitpid(process, 0x40000000)[1]):
     pass
 CODE
-{_background("stall", f'/usr/bin/python3 /run/skeldir-drill-stall.py "$(systemctl show -P MainPID {_unit(MODELS)})" {SHEET.queues[MODELS].metrics_port}')}
+{_background("stall", f'/usr/bin/python3 /run/skeldir-drill-stall.py "$(systemctl show -P MainPID {_unit(MODELS)})" {_address(MODELS)}')}
 """
 
 _JOURNAL = "/var/log/journal/$(cat /etc/machine-id)"
