@@ -339,6 +339,17 @@ DRILLS: dict[str, Drill] = {
         needs=frozenset({"postgres"}),
         answers={"QUEUE": MODELS},
     ),
+    "SkeldirBeatDown": Drill(
+        "every scheduler is stopped",
+        (
+            Fault(
+                "workers",
+                "systemctl stop skeldir-beat.service 2>/dev/null || true",  # a worker host need not have one
+                "! systemctl --quiet is-enabled skeldir-beat.service || systemctl start skeldir-beat.service",
+            ),
+        ),
+        needs=frozenset({"postgres"}),
+    ),
     "SkeldirExporterDown": Drill(
         "the exporter is killed until systemd gives it up",
         (Fault("exporter", _given_up("skeldir-exporter.service"), _started("skeldir-exporter.service")),),
@@ -417,8 +428,7 @@ UNDRILLED = {
     "AlertmanagerNotificationsFailing": "nobody would be told of it",
     "PrometheusRuleFailing": "a rule that fails is a mistake in prometheus/rules/, which CI refuses",
     "SkeldirExporterCollectorFailing": "the causes are a missing grant or an old schema; a deployment mends them",
-    "SkeldirBeatDown": "none yet: its page is pasted where all is well",
-    "SkeldirBeatOverdue": _TIME,
+    "SkeldirBeatOverdue": "none yet: it takes a table that the scheduler can't write, and its page is pasted where all is well",
     "CeleryMessagesHeldByDead": "any living worker gives them back: it takes a mistake in the broker",
     "CeleryDlqCaptureErrors": "the cause is a missing grant; a deployment mends it",
     "CeleryTaskTimeouts": _TIME,
