@@ -98,16 +98,20 @@ def build_stand_ins() -> None:
         out("docker", "build", *options, "tests/compose/images", timeout=300)
 
 
+def names_files_of_this_machine(value: str) -> bool:
+    """Whether one of pip's settings means files that aren't there in the build, as its certificates are."""
+    return any(word.startswith(("/", "file:")) and word != str(CA) for word in value.split())
+
+
 def lend_the_build(folder: Path, override: Path) -> None:
     """Lend the build what this machine's pip is configured with, and its certificates."""
     listed = out("python", "-m", "pip", "config", "list")
     given = dict(line.split("=", 1) for line in listed.splitlines())
     pip = ConfigParser(interpolation=None)
-    # Files of this machine aren't there in the build.
     pip["global"] = {
         key.rpartition(".")[2]: value.strip("'")
         for key, value in given.items()
-        if "file:" not in value and not key.endswith(("find-links", "config-file"))
+        if not names_files_of_this_machine(value.strip("'"))
     }
     with (folder / "pip.conf").open("w") as file:
         pip.write(file)

@@ -1,4 +1,4 @@
-"""Rolls: jobs outlast lowered limits, what runs keeps its fingerprints, and refusals."""
+"""Rolls: jobs outlast lowered limits, what runs keeps its fingerprints, the way back works, and refusals."""
 
 import json
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from tests.checkout import copy_tree
 from tests.lab import (
     SHEET,
     Run,
+    http,
     invocations,
     playbook,
     python,
@@ -44,11 +45,19 @@ LATER_QUEUE = """
     delivery_limit: 3
     retry: {max_retries: 3, backoff: 1, backoff_max: 60}
 """
+LATER_OVERRIDES = '--extra-vars={"skeldir_queue_overrides": {"reports": {"time_limit": 100}}}'
 LATER_PORT = 9559
 
 
 def current(worker: Host) -> str:
     return Path(worker.check_output("readlink /opt/skeldir/current")).name
+
+
+def started(worker: Host, name: str) -> int:
+    """When a unit's start was begun, in microseconds since the host's."""
+    return int(
+        worker.check_output(f"systemctl show --value --property=InactiveExitTimestampMonotonic {name}")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +128,26 @@ def test_a_later_checkout_without_its_release_restarts_nothing(worker: Host, lat
     run = playbook("playbooks/deploy.yml", "--tags=worker", tree=later)
     assert (run.status, run.changed) == (0, 0), run.recap
     assert invocations(worker) == before
+
+
+def test_a_sheet_that_changed_is_no_hindrance_on_the_way_back(worker: Host, later: Path) -> None:
+    """Neither overrides of queues it doesn't know nor ports that were others; its scheduler comes first."""
+    before = current(worker)
+    forward = playbook("playbooks/deploy.yml", LATER_OVERRIDES, tree=later)
+    assert forward.status == 0, forward.output[-3000:]
+    assert http(worker, LATER_PORT, "/health/ready")[0] == 200
+    assert started(worker, "skeldir-beat.service") > started(worker, unit(QUEUE.name))
+    back = playbook("playbooks/rollback.yml", LATER_OVERRIDES, tree=later)
+    assert back.status == 0, back.output[-3000:]
+    assert current(worker) == before
+    assert http(worker, QUEUE.metrics_port, "/health/ready")[0] == 200
+    assert invocations(worker).keys() == {unit(queue) for queue in SHEET.queues}
+    answers = json.loads(worker.check_output("skeldir ping --json"))
+    assert {answer["queue"]: answer["result"] for answer in answers} == dict.fromkeys(SHEET.queues, "ok")
+    assert worker.service("skeldir-beat.service").is_running
+    assert started(worker, "skeldir-beat.service") < started(worker, unit(QUEUE.name))
+    settled = site()
+    assert settled.status == 0, settled.output[-3000:]
 
 
 class TestRefused:
