@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import yaml
 
@@ -49,6 +50,19 @@ def _check(arguments: argparse.Namespace) -> int:
     return int(any(findings.values()))
 
 
+def _pasted(arguments: argparse.Namespace) -> int:
+    from tests.runbooks import never_pasted  # noqa: PLC0415 - tests own the runner
+
+    try:
+        found = never_pasted(arguments.record)
+    except OSError as error:
+        sys.exit(f"no record of what was pasted: {error}; ./plane test leaves one")
+    for problem in found:
+        print(problem)
+    print(f"commands of runbooks that nobody pasted: {len(found)}")
+    return int(bool(found))
+
+
 def main() -> int:
     """Run one command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m monitoring", description=__doc__)
@@ -67,6 +81,9 @@ def main() -> int:
     command.set_defaults(run=_dashboards)
     command = commands.add_parser("check", help="prove all of it, and print four numbers that must be 0")
     command.set_defaults(run=_check)
+    command = commands.add_parser("pasted", help="say which commands of runbooks a run of the tests left out")
+    command.add_argument("record", type=Path, help="evidence/pasted.txt")
+    command.set_defaults(run=_pasted)
     arguments = parser.parse_args()
     return int(arguments.run(arguments))
 

@@ -5,7 +5,8 @@
   trouble in which it fires and after which it ends, or no runbook and dashboard where its annotations point;
 - empty panels: a query that fails or finds nothing in a real Prometheus which holds the recording, a
   variable without a value, panels that overlap, a link to nowhere; also what celery-mixin's panels ask for;
-- unexecuted commands: runbooks with a block that no test runs.
+- unexecuted commands: runbooks that the test on lab hosts can't paste as they stand; that every block was
+  pasted indeed, `python -m monitoring pasted evidence/pasted.txt` says after a full run of the tests.
 """
 
 import json

@@ -3,9 +3,12 @@
 A block is what stands between a line "```sh" and the next "```". The block of kind `text` behind it, if
 there is one, is an example of what it prints, and its first line must come again (numbers and spaces aside).
 `sh status=1` is a block that ends with that status. A block that asks (`read -r -p "…" GROUP`) is answered,
-and what it was told stays in the shell, as on a page where later blocks say "$GROUP".
+and what it was told stays in the shell, as on a page where later blocks say "$GROUP". Where EVIDENCE names a
+folder, each block that was pasted and did as the page says is noted there: `python -m monitoring pasted`.
 """
 
+import hashlib
+import os
 import re
 import shlex
 import subprocess
@@ -116,6 +119,9 @@ class Reader:
                 said.append(self._ask(block, answer if isinstance(answer, str) else answer(said[-1])))
             else:
                 said.append(self._paste(block))
+            if evidence := os.environ.get("EVIDENCE"):
+                with (Path(evidence) / "pasted.txt").open("a") as record:
+                    record.write(_noted(self.page, block))
         assert said, f"{self.page.path.name} has no commands under {section} here"
         return said
 
@@ -141,6 +147,24 @@ class Reader:
             lines = [_words(line) for line in output.splitlines()]
             assert any(wanted <= line for line in lines), f"{block.text}\nprinted no {wanted}:\n{output}"
         return output
+
+
+def never_pasted(record: Path) -> list[str]:
+    """The blocks of all runbooks that the record of a run doesn't have, a sentence each."""
+    noted = set(record.read_text().splitlines(keepends=True))
+    return [
+        f"{path.name}, {block.section}: nobody pasted {block.text.splitlines()[0]!r}"
+        for path in pages("*.md")
+        if path.stem != "README"
+        for page in (read_page(path),)
+        for block in page.blocks
+        if _noted(page, block) not in noted
+    ]
+
+
+def _noted(page: Page, block: Block) -> str:
+    """The line of a record that says that a block, as it stands, was pasted."""
+    return f"{page.path.name} {hashlib.sha256(block.text.encode()).hexdigest()}\n"
 
 
 def _words(line: str) -> set[str]:
