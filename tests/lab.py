@@ -132,7 +132,7 @@ class Ledger:
 
 @dataclass
 class Run:
-    """How an `ansible-playbook` ended."""
+    """How one of Ansible's commands ended."""
 
     status: int
     output: str
@@ -168,14 +168,15 @@ def playbook(name: str, *arguments: str, tree: Path = ROOT, env: dict[str, str] 
     """Run a tree's playbook on this scenario's lab hosts."""
     if SCENARIO in WITHOUT_MONITORING:
         arguments = ("--skip-tags=monitoring", *arguments)
+    inventories = [f"--inventory={inventory}" for inventory in INVENTORIES]
+    return ansible("ansible-playbook", *inventories, name, *arguments, tree=tree, env=env)
+
+
+def ansible(tool: str, *arguments: str | Path, tree: Path = ROOT, env: dict[str, str] | None = None) -> Run:
+    """Run one of Ansible's commands in a tree, with that tree's configuration."""
     began = monotonic()
     done = subprocess.run(
-        [
-            Path(sys.executable).with_name("ansible-playbook"),
-            *(f"--inventory={inventory}" for inventory in INVENTORIES),
-            name,
-            *arguments,
-        ],
+        [Path(sys.executable).with_name(tool), *arguments],
         cwd=tree,
         env=os.environ | {"ANSIBLE_CONFIG": str(tree / "ansible.cfg"), "NO_COLOR": "1"} | (env or {}),
         stdout=subprocess.PIPE,

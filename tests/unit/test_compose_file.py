@@ -1,25 +1,21 @@
 """compose.yaml: what is made agrees with the sheet; what is written by hand keeps its promises."""
 
 import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.lab import ROOT, ansible
+
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 
 
 def test_generated_parts_are_what_the_sheet_and_the_roles_give() -> None:
-    playbook = ["ansible-playbook", "--inventory=inventory/single", "playbooks/compose.yml"]
-    done = subprocess.run(
-        [*playbook, "--check", "--diff"], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
-    )
-    made = re.search(r"changed=0 .*failed=0 ", done.stdout)
-    assert made, f"run `{' '.join(playbook)}`:\n{done.stdout}{done.stderr}"
+    playbook = ("ansible-playbook", "--inventory=inventory/single", "playbooks/compose.yml")
+    run = ansible(*playbook, "--check", "--diff")
+    assert re.search(r"changed=0 .*failed=0 ", run.recap), f"run `{' '.join(playbook)}`:\n{run.output}"
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -1,14 +1,11 @@
 """Where Prometheus and Grafana look for what listens on the monitoring host: where it was told to listen."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.lab import ROOT
+from tests.lab import ROOT, ansible
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - nothing listens here
 CASES = [
@@ -48,19 +45,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("addresses")
     (folder / "tasks.yml").write_text(TASKS)
     (folder / "playbook.yml").write_text(PLAYBOOK)
-    tool = Path(sys.executable).with_name("ansible-playbook")
-    inventory = f"--inventory={ROOT / 'inventory/production'}"
-    done = subprocess.run(
-        [tool, inventory, folder / "playbook.yml", f"--extra-vars={json.dumps({'cases': CASES})}"],
-        cwd=ROOT,
-        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "NO_COLOR": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
+    run = ansible(
+        "ansible-playbook",
+        f"--inventory={ROOT / 'inventory/production'}",
+        folder / "playbook.yml",
+        f"--extra-vars={json.dumps({'cases': CASES})}",
     )
-    assert done.returncode == 0, done.stdout
+    assert run.status == 0, run.output
     return folder
 
 

@@ -2,10 +2,7 @@
 
 import datetime
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests.lab import ROOT
+from tests.lab import ansible
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -120,17 +117,8 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "judge.yml").write_text(JUDGE)
     playbook = folder / "playbook.yml"
     playbook.write_text(PLAYBOOK.replace("NAMES", json.dumps(cases)).replace("HOST", HOST))
-    done = subprocess.run(
-        [Path(sys.executable).with_name("ansible-playbook"), "--inventory=localhost,", playbook],
-        cwd=ROOT,
-        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "NO_COLOR": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+    run = ansible("ansible-playbook", "--inventory=localhost,", playbook)
+    assert run.status == 0, run.output
     return folder
 
 

@@ -1,16 +1,13 @@
 """Passwords that `playbooks/secrets.yml` makes, and what is refused about them, before any host is asked."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.lab import ROOT, Run
+from tests.lab import ROOT, Run, ansible
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -34,22 +31,9 @@ class Plane:
         self.vault = self.inventory / "group_vars/all/vault.yml"
         self.vault_next = self.inventory / "group_vars/all/vault_next.yml"
 
-    def run(self, tool: str, *arguments: str | Path) -> Run:
-        done = subprocess.run(
-            [Path(sys.executable).with_name(tool), *arguments],
-            cwd=ROOT,
-            env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "NO_COLOR": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        return Run(done.returncode, done.stdout)
-
     def playbook(self, name: str, *arguments: str) -> Run:
         given = [f"--inventory={self.inventory}", f"--vault-password-file={self.password}"]
-        return self.run("ansible-playbook", name, *given, *arguments)
+        return ansible("ansible-playbook", name, *given, *arguments)
 
     def made(self, *arguments: str) -> Run:
         run = self.playbook("playbooks/secrets.yml", *arguments)
@@ -58,7 +42,7 @@ class Plane:
 
     def holds(self, vault: Path) -> dict[str, str]:
         """What `ansible-vault` reads there."""
-        run = self.run("ansible-vault", "view", f"--vault-password-file={self.password}", vault)
+        run = ansible("ansible-vault", "view", f"--vault-password-file={self.password}", vault)
         assert run.status == 0, run.output
         found: dict[str, str] = yaml.safe_load(run.output)
         return found
@@ -101,7 +85,7 @@ def test_they_are_made_once_encrypted_and_good_enough_for_the_plane(plane: Plane
 
 
 def test_without_the_vaults_password_nothing_is_written(plane: Plane) -> None:
-    run = plane.run("ansible-playbook", "playbooks/secrets.yml", f"--inventory={plane.inventory}")
+    run = ansible("ansible-playbook", "playbooks/secrets.yml", f"--inventory={plane.inventory}")
     assert "--ask-vault-pass" in run.sentences[0]
     assert not plane.vault.exists()
 
@@ -151,7 +135,7 @@ def test_a_rotation_puts_them_into_the_vault_beside_what_else_is_there(plane: Pl
     old = made.holds(made.vault)
     lines = [f"{name}: {password}" for name, password in old.items()]
     plane.vault.write_text("\n".join([*lines, "# not the plane's", 'other: "a: b"', ""]))
-    encrypted = plane.run("ansible-vault", "encrypt", f"--vault-password-file={plane.password}", plane.vault)
+    encrypted = ansible("ansible-vault", "encrypt", f"--vault-password-file={plane.password}", plane.vault)
     assert encrypted.status == 0
     plane.made("--extra-vars=next=true")
     new = plane.holds(plane.vault_next)["skeldir_secrets_next"]
