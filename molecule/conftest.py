@@ -84,4 +84,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Keep the units' whole journal when something failed: the hosts are taken away."""
     if session.testsfailed and SCENARIO != "refusals":
         journal = lab_host("worker1").run("journalctl --no-pager --output=short-precise --unit='skeldir-*'")
-        (ROOT / f"evidence/journal-{SCENARIO}-worker1.txt").write_text(journal.stdout)
+        evidence = ROOT / "evidence"
+        evidence.mkdir(exist_ok=True)
+        (evidence / f"journal-{SCENARIO}-worker1.txt").write_text(journal.stdout)
