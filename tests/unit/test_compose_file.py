@@ -12,6 +12,7 @@ COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 
 
+@pytest.mark.timeout(100)
 def test_generated_parts_are_what_the_sheet_and_the_roles_give() -> None:
     playbook = ("ansible-playbook", "--inventory=inventory/single", "playbooks/compose.yml")
     run = ansible(*playbook, "--check", "--diff")
