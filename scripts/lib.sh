@@ -250,6 +250,8 @@ activate() {
   [ -s .venv/stamp ] || fail "the tools are not installed yet; ./plane up or ./plane test does that"
   export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH ANSIBLE_CONFIG=$PWD/ansible.cfg
   export ANSIBLE_FORCE_COLOR=0 NO_COLOR=1 MOLECULE_COMMAND_BORDERS=false
+  # Where it is set, each of the many processes would compile Ansible, Celery and their like anew.
+  unset PYTHONDONTWRITEBYTECODE
 }
 
 # lock [--upgrade]: nothing moves without --upgrade. The files name no index, so that any mirror serves.
