@@ -5,6 +5,7 @@ there is one, is an example of what it prints, and its first line must come agai
 `sh status=1` is a block that ends with that status. A block that asks (`read -r -p "…" GROUP`) is answered,
 and what it was told stays in the shell, as on a page where later blocks say "$GROUP". Where EVIDENCE names a
 folder, each block that was pasted and did as the page says is noted there: `python -m monitoring pasted`.
+What it printed stands there, too, in printed.md.
 """
 
 import hashlib
@@ -120,8 +121,7 @@ class Reader:
             else:
                 said.append(self._paste(block))
             if evidence := os.environ.get("EVIDENCE"):
-                with (Path(evidence) / "pasted.txt").open("a") as record:
-                    record.write(_noted(self.page, block))
+                _note(Path(evidence), self.page, block, said[-1])
         assert said, f"{self.page.path.name} has no commands under {section} here"
         return said
 
@@ -160,6 +160,15 @@ def never_pasted(record: Path) -> list[str]:
         for block in page.blocks
         if _noted(page, block) not in noted
     ]
+
+
+def _note(evidence: Path, page: Page, block: Block, output: str) -> None:
+    """That a block was pasted, and what it printed: where a page's examples are taken from."""
+    with (evidence / "pasted.txt").open("a") as record:
+        record.write(_noted(page, block))
+    with (evidence / "printed.md").open("a") as record:
+        record.write(f"## {page.path.name}, {block.section}\n\n")
+        record.write(f"```sh\n{block.text}```\n\n```text\n{output}\n```\n\n")
 
 
 def _noted(page: Page, block: Block) -> str:
