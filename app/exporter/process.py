@@ -124,7 +124,7 @@ class Exporter(Collector):
         """What is known, and how well."""
         yield gauge(
             "skeldir_exporter_database_up",
-            "1 while the database answers fresh connections.",
+            "1 while the database answers.",
             value=self.probe.reachable,
         )
         success, duration, last = (

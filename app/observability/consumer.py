@@ -51,7 +51,8 @@ class WatchedConsumer(Consumer):
     def perform_pending_operations(self) -> None:
         """Called by the blocking loop in each of its cycles: after each message, and every two seconds."""
         self._pulse.ticked_at = time.monotonic()
-        super().perform_pending_operations()
+        if self._pending_operations:  # there hardly ever are any, and every job would pay for the look
+            super().perform_pending_operations()
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Called by the event loop when it begins; it cancels the timer itself when the connection ends."""

@@ -30,6 +30,9 @@ _EVERY = 1.5
 _WITHIN = 2.0
 _STALE = _EVERY + _WITHIN + 0.5
 
+# Signing in costs a worker more than a thousand questions do, and whether others may is known soon enough.
+_SESSION_SECONDS = 15.0
+
 
 class Pulse:
     """The life signs of the consumer's loop, in seconds of the monotonic clock."""
@@ -61,7 +64,7 @@ class Consuming(Protocol):
 
 
 class DatabaseProbe:
-    """Asks the database over a fresh connection, again and again, in a thread of its own.
+    """Asks the database again and again, in a thread of its own, over a connection that is never old.
 
     Readers get the last answer and never wait. An answer too old to be true counts as none.
     """
@@ -69,6 +72,8 @@ class DatabaseProbe:
     def __init__(self, url: URL) -> None:
         arguments = url.get_dialect()().create_connect_args(url)[1]
         self._arguments = {**arguments, "application_name": "skeldir-health"}
+        self._session: connection | None = None
+        self._renew_at = -math.inf
         self._answered_at = -math.inf
         self._reachable = False
         self.away_at = -math.inf
@@ -102,16 +107,33 @@ class DatabaseProbe:
         self._reachable = reachable
 
     def _ask(self) -> None:
-        # Not blocking, so that a server that is frozen, or a network that drops packets, can't hold it.
         deadline = time.monotonic() + _WITHIN
-        session = psycopg2.connect(**self._arguments, async_=True)
         try:
-            _wait(session, deadline)
-            cursor = session.cursor()  # psycopg2 wants it alive until the answer is there
-            cursor.execute("SELECT 1")
-            _wait(session, deadline)
-        finally:
-            session.close()
+            if self._session is not None and time.monotonic() < self._renew_at:
+                try:
+                    return _select(self._session, deadline)
+                except psycopg2.Error:
+                    pass  # it may be only this session that was ended
+            self._close()
+            # Not blocking, so that a server that is frozen, or a network that drops packets, can't hold it.
+            self._session = psycopg2.connect(**self._arguments, async_=True)
+            _wait(self._session, deadline)
+            _select(self._session, deadline)
+            self._renew_at = time.monotonic() + _SESSION_SECONDS
+        except Exception:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+
+def _select(session: connection, deadline: float) -> None:
+    cursor = session.cursor()  # psycopg2 wants it alive until the answer is there
+    cursor.execute("SELECT 1")
+    _wait(session, deadline)
 
 
 def _wait(session: connection, deadline: float) -> None:

@@ -173,7 +173,8 @@ def _metered(celerys_own: Any, metrics: TaskMetrics) -> Any:
         # Nearly every job comes here, so what `_end` does in many steps is put off: whatever is touched after
         # a job costs several times as much as in a loop, the caches are full of other things.
         with lock:
-            if self._series is None and not self.ended:
+            at_once = self._series is None and not self.ended
+            if at_once:
                 self.ended = True
                 delivery = self._delivery_info
                 key = (self._task.name, delivery["exchange"], delivery["routing_key"])
@@ -183,7 +184,7 @@ def _metered(celerys_own: Any, metrics: TaskMetrics) -> Any:
                 successes.append(runtime)
                 if len(successes) >= _AT_ONCE:
                     series.count_successes()
-        if not self.ended:  # somebody looked while it ran
+        if not at_once:  # somebody looked while it ran
             self._runtime = runtime
             self._end("success")
         return celerys_own(self, result)

@@ -55,9 +55,7 @@ class Vitals(Collector):
             "When the consumer's loop last moved; now while a task may hold it.",
             time.time() - since_tick,
         )
-        yield self._gauge(
-            "database_connected", "1 while the database answers fresh connections.", health.probe.reachable
-        )
+        yield self._gauge("database_connected", "1 while the database answers.", health.probe.reachable)
         rescued = CounterMetricFamily(
             "celery_worker_rescued_messages",
             "Messages that it gave back to their queues from workers that died.",
