@@ -32,7 +32,10 @@ options:
         type: path
         required: true
       content:
-        description: What a file holds; without it this is a folder.
+        description: What a file holds; without it and O(files[].secret) this is a folder.
+        type: str
+      secret:
+        description: What a file holds, where that is never to be shown, in a diff or elsewhere.
         type: str
       owner:
         description: Whose it is.
@@ -85,6 +88,7 @@ lacks:
 _FILE = {
     "path": {"type": "path", "required": True},
     "content": {"type": "str"},
+    "secret": {"type": "str", "no_log": True},
     "owner": {"type": "str", "default": "root"},
     "group": {"type": "str", "default": "root"},
     "mode": {"type": "raw", "required": True},
@@ -104,6 +108,9 @@ def main() -> None:
     )
     os.umask(0o077)  # what is new is nobody else's until it has its mode
     wanted = module.params["files"]
+    for file in wanted:
+        file["shown"] = file["secret"] is None
+        file["content"] = file["content"] if file["shown"] else file["secret"]
     if wrong := [sentence for file in wanted if (sentence := _in_the_way(file))]:
         module.fail_json(msg="; ".join(wrong))
     diffs: list[dict[str, Any]] = []
@@ -189,9 +196,11 @@ def _write(module: AnsibleModule, wanted: dict[str, Any], diff: dict[str, Any]) 
         old = None
     if old == new:
         return False
-    diff.update(
-        before=(old or b"").decode(errors="replace"), after=content, before_header=path, after_header=path
-    )
+    if wanted["shown"]:
+        diff.update(before=(old or b"").decode(errors="replace"), after=content)
+    else:
+        diff.update(before="" if old is None else "what it held\n", after="a secret\n")
+    diff.update(before_header=path, after_header=path)
     if not module.check_mode:
         handle, temporary = tempfile.mkstemp(dir=module.tmpdir)
         with open(handle, "wb") as file:

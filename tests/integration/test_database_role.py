@@ -21,6 +21,34 @@ def test_a_second_run_changes_nothing_and_shows_no_password(
     assert not [role for role, password in PASSWORDS.items() if password in done.stdout + done.stderr]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "PASSWORD 'another one, and long enough'",
+        "PASSWORD NULL",
+        "CREATEDB",
+        "BYPASSRLS",
+        "NOLOGIN",
+        "CONNECTION LIMIT 99",
+        "SET statement_timeout = '1h'",
+        "RESET lock_timeout",
+    ],
+)
+def test_what_a_role_became_is_put_right(postgres: Cluster, damage: str) -> None:
+    shown = (
+        "SELECT rolcanlogin, rolcreatedb, rolbypassrls, rolconnlimit, array_agg(setting ORDER BY setting)"
+        " FROM pg_roles, unnest(rolconfig) AS setting WHERE rolname = 'app_ro' GROUP BY 1, 2, 3, 4"
+    )
+    maintenance = Database(postgres, "postgres")
+    before = maintenance.rows(shown)
+    postgres.execute(f"ALTER ROLE app_ro {damage}")
+    done = run_database_role(postgres, "skeldir")
+    assert done.returncode == 0, done.stdout
+    assert " changed=1 " in done.stdout
+    assert maintenance.rows(shown) == before
+    assert Database(postgres, "skeldir").rows("SELECT current_user", user="app_ro")
+
+
 def test_a_dry_run_makes_nothing(postgres: Cluster) -> None:
     before = databases(postgres)
     done = run_database_role(postgres, "elsewhere", "--check", "--diff")

@@ -72,6 +72,15 @@ def test_a_dry_run_says_what_it_would_do_and_does_not(tmp_path: Path, wanted: li
     assert not (tmp_path / "etc").exists()
 
 
+@pytest.mark.parametrize("before", ["", "of last year"])
+def test_a_secret_is_written_and_shown_nowhere(tmp_path: Path, before: str) -> None:
+    file = tmp_path / "file"
+    file.write_text(before)
+    answer = run({"path": file, "secret": "of this year", "mode": "0600"}, diff=True)
+    assert (answer["files"], file.read_text()) == ([str(file)], "of this year")
+    assert "year" not in json.dumps(answer)
+
+
 @pytest.mark.parametrize("wrong", ["a folder", "a link"])
 def test_writes_nothing_when_something_else_is_in_the_way(
     tmp_path: Path, wanted: list[Any], wrong: str
