@@ -86,6 +86,7 @@ prepare_machine() {
   if [ "$purpose" = lab ] || [ "$purpose" = tests ]; then
     command -v dockerd >/dev/null || docker info >/dev/null 2>&1 || missing+=(docker.io iptables)
     command -v mmdebstrap >/dev/null || missing+=(mmdebstrap)
+    command -v ssh >/dev/null || missing+=(openssh-client)
   fi
   if [ "$purpose" = fast ] || [ "$purpose" = tests ]; then
     compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
