@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from app.core.topology import load_topology
+from app.observability.context import PUBLISHED_HEADER
 
 SHEET = load_topology()
 PING, REFRESH, MODEL = (
@@ -41,6 +42,7 @@ class Drill:
         faults: made in order, undone in the reverse one.
         breaks: what nobody else can use meanwhile; a drill that breaks or needs it waits.
         needs: what must be whole meanwhile.
+        explained_by: a louder alert that the same fault may fire, whose message then stands for this one's.
         outside: the page can't mend the cause (a bad release, a service that is away); that is done for it
             after its Mitigation and before its Verify recovered.
         answers: to what the page's blocks ask.
@@ -51,6 +53,7 @@ class Drill:
     labels: dict[str, str] = field(default_factory=dict)
     breaks: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
+    explained_by: str = ""
     outside: bool = False
     answers: dict[str, Answer] = field(default_factory=dict)
 
@@ -86,10 +89,18 @@ def _publish(code: str) -> str:
     return f"{_PYTHON} - <<'CODE'\nfrom app.celery_app import celery_app as app\n{code}\nCODE\n"
 
 
+def _of_a_drill(task: str) -> str:
+    """Which dead letters a drill leaves."""
+    return f"--queue {SHEET.queue_by_task[task].name} --task {task} --class permanent --since 1h"
+
+
+def _ignored(task: str) -> str:
+    return f'skeldir dlq ignore {_of_a_drill(task)} --state pending --reason "of a drill" >/dev/null || true'
+
+
 def _failing(task: str, number: int) -> Fault:
     """Jobs with an argument that their task doesn't have, and their dead letters given up afterwards."""
-    queue = SHEET.queue_by_task[task].name
-    mine = f"--queue {queue} --task {task} --class permanent --since 1h"
+    mine = _of_a_drill(task)
     return Fault(
         "worker",
         f"""
@@ -103,7 +114,7 @@ for _ in $(seq 60); do
 done
 echo "only $((found - before)) of {number} jobs failed" && exit 1
 """,
-        f'skeldir dlq ignore {mine} --state pending --reason "of a drill" >/dev/null || true',
+        _ignored(task),
     )
 
 
@@ -183,11 +194,45 @@ for _ in range(50):
     ),
 )
 
+# Jobs that say they were published an hour ago.
+_LATE = Fault(
+    "worker",
+    _publish(
+        f"""
+import time
+from celery.signals import before_task_publish
+@before_task_publish.connect(weak=False)
+def an_hour_ago(headers, **_):
+    headers["{PUBLISHED_HEADER}"] = time.time() - 3600
+for _ in range(20):
+    app.send_task({PING!r})
+"""
+    ),
+)
+
 _AGED = Fault(
     "database",
     f"""{_PSQL} -c "UPDATE kombu_message SET \\"timestamp\\" = \\"timestamp\\" - interval '1 hour'
   WHERE queue_id = (SELECT id FROM kombu_queue WHERE name = '{PINGS}')" """,
 )
+
+# One run of what runs most often is overdue at once, and can't be noted.
+_OVERDUE = Fault(
+    "database",
+    f"""{_PSQL} -1 -v ON_ERROR_STOP=1 -c "REVOKE UPDATE ON celery_schedule FROM app_user" -c "UPDATE celery_schedule
+  SET last_due = last_due - interval '2 days' WHERE name = (SELECT name FROM celery_schedule ORDER BY last_due DESC LIMIT 1)" >/dev/null""",
+    f"""{_PSQL} -c "GRANT UPDATE ON celery_schedule TO app_user" >/dev/null""",
+)
+
+
+def _refused(function: str, role: str) -> Fault:
+    """A grant that a deployment forgot."""
+    return Fault(
+        "database",
+        f"""{_PSQL} -c "REVOKE EXECUTE ON FUNCTION {function} FROM {role}" >/dev/null""",
+        f"""{_PSQL} -c "GRANT EXECUTE ON FUNCTION {function} TO {role}" >/dev/null""",
+    )
+
 
 _SNAPSHOT = Fault(
     "database",
@@ -323,6 +368,7 @@ DRILLS: dict[str, Drill] = {
         {"queue": MODELS},
         breaks=frozenset({MODELS}),
         needs=frozenset({"postgres"}),
+        explained_by="CeleryQueueNoConsumer",  # where no other host serves the queue
         answers={"QUEUE": MODELS},
     ),
     "CeleryWorkerLoopStalled": Drill(
@@ -348,12 +394,28 @@ DRILLS: dict[str, Drill] = {
                 "! systemctl --quiet is-enabled skeldir-beat.service || systemctl start skeldir-beat.service",
             ),
         ),
+        breaks=frozenset({"beat"}),
         needs=frozenset({"postgres"}),
+    ),
+    "SkeldirBeatOverdue": Drill(
+        "the scheduler may no longer note its runs",
+        (_OVERDUE,),
+        breaks=frozenset({"beat"}),
+        needs=frozenset({"postgres"}),
+        outside=True,
     ),
     "SkeldirExporterDown": Drill(
         "the exporter is killed until systemd gives it up",
         (Fault("exporter", _given_up("skeldir-exporter.service"), _started("skeldir-exporter.service")),),
         breaks=frozenset({"exporter"}),
+    ),
+    "SkeldirExporterCollectorFailing": Drill(
+        "the exporter may no longer ask for the sessions",
+        (_refused("skeldir_watch_sessions", "app_ro"),),
+        {"collector": "sessions"},
+        breaks=frozenset({"exporter"}),
+        needs=frozenset({"postgres"}),
+        outside=True,
     ),
     "CeleryQueueOldestAge": Drill(
         "a backlog: jobs that wait for an hour, made older than they are, and workers that don't consume",
@@ -361,6 +423,7 @@ DRILLS: dict[str, Drill] = {
         {"queue": PINGS, "severity": "critical"},
         breaks=frozenset({PINGS}),
         needs=frozenset({"postgres", "exporter"}),
+        explained_by="CeleryQueueNoConsumer",
         answers={"QUEUE": PINGS},
     ),
     "CeleryTaskWorkerLost": Drill(
@@ -368,7 +431,7 @@ DRILLS: dict[str, Drill] = {
         (_LOCKED, _POISON),
         {"queue": REFRESHES, "task_name": REFRESH},
         breaks=frozenset({REFRESHES}),
-        needs=frozenset({"postgres"}),
+        needs=frozenset({"postgres", "dead letters"}),
         outside=True,
         answers={"QUEUE": REFRESHES},
     ),
@@ -377,7 +440,7 @@ DRILLS: dict[str, Drill] = {
         (_failing(PING, 80),),
         {"queue": PINGS},
         breaks=frozenset({PINGS}),
-        needs=frozenset({"postgres", "exporter"}),
+        needs=frozenset({"postgres", "exporter", "dead letters"}),
         outside=True,
         answers={"QUEUE": PINGS},
     ),
@@ -386,8 +449,38 @@ DRILLS: dict[str, Drill] = {
         (_failing(REFRESH, 1),),
         {"queue": REFRESHES, "failure_class": "permanent"},
         breaks=frozenset({REFRESHES}),
-        needs=frozenset({"postgres", "exporter"}),
+        needs=frozenset({"postgres", "exporter", "dead letters"}),
         outside=True,
+    ),
+    "CeleryDlqCaptureErrors": Drill(
+        "dead letters may no longer be written, and a job fails",
+        (
+            Fault("worker", "true", f"sleep 5\n{_ignored(REFRESH)}"),  # once it is one
+            _refused("celery_task_failure_capture", "app_user"),
+            Fault("worker", _publish(f"app.send_task({REFRESH!r}, kwargs=dict(of_a_drill=1))")),
+        ),
+        {"queue": REFRESHES},
+        breaks=frozenset({REFRESHES, "dead letters"}),
+        needs=frozenset({"postgres"}),
+        outside=True,
+        answers={"QUEUE": REFRESHES},
+    ),
+    "CeleryWaitBudgetBurn": Drill(
+        "twenty jobs start an hour late, as they say",
+        (_LATE,),
+        {"queue": PINGS, "severity": "critical"},
+        breaks=frozenset({PINGS}),
+        needs=frozenset({"postgres"}),
+        answers={"QUEUE": PINGS},
+    ),
+    "CelerySuccessBudgetBurn": Drill(
+        "a dozen jobs fail, and nearly none succeeds",
+        (_failing(MODEL, 12),),
+        {"queue": MODELS, "severity": "critical"},
+        breaks=frozenset({MODELS}),
+        needs=frozenset({"postgres", "dead letters"}),
+        outside=True,
+        answers={"QUEUE": MODELS},
     ),
     "PostgresConnectionsHigh": Drill(
         "guests take every connection that is left",
@@ -427,14 +520,9 @@ UNDRILLED = {
     "Watchdog": "every drill begins with its arrival",
     "AlertmanagerNotificationsFailing": "nobody would be told of it",
     "PrometheusRuleFailing": "a rule that fails is a mistake in prometheus/rules/, which CI refuses",
-    "SkeldirExporterCollectorFailing": "the causes are a missing grant or an old schema; a deployment mends them",
-    "SkeldirBeatOverdue": "none yet: it takes a table that the scheduler can't write, and its page is pasted where all is well",
     "CeleryMessagesHeldByDead": "any living worker gives them back: it takes a mistake in the broker",
-    "CeleryDlqCaptureErrors": "the cause is a missing grant; a deployment mends it",
     "CeleryTaskTimeouts": _TIME,
     "CeleryRetryStorm": "no task of the plane retries without its other side being away",
-    "CelerySuccessBudgetBurn": _TIME,
-    "CeleryWaitBudgetBurn": _TIME,
     "CeleryDlqOld": _TIME,
     "CeleryDlqReplayStuck": _TIME,
     "PostgresOldTransaction": "a quarter of an hour must pass",

@@ -114,7 +114,9 @@ class Run:
             outcome.fired = seconds()
             self.say(f"{alert}: fires in Prometheus after {outcome.fired:.0f} s")
             outcome.by = self.watch.wait(
-                lambda look: _arrived(look, wanted, heard), self.patience, "nobody is told"
+                lambda look: _arrived(look, wanted, heard, drill.explained_by),
+                self.patience,
+                "nobody is told",
             )
             outcome.told = seconds()
             self.say(f"{alert}: {outcome.by} after {outcome.told:.0f} s; working through its page")
@@ -210,12 +212,13 @@ def _messages(look: Look, wanted: Labels, after: int, status: str) -> list[Messa
     ]
 
 
-def _arrived(look: Look, wanted: Labels, after: int) -> str:
-    """The receiver that was told of it, or the alert that inhibits it; empty as long as neither was."""
+def _arrived(look: Look, wanted: Labels, after: int, explained_by: str) -> str:
+    """The receiver that was told of it, or of the alert that explains it; empty as long as none was."""
     if told := _messages(look, wanted, after, "firing"):
         return told[0].receiver
     for labels, by in look.inhibited:
         for explains in by:
-            if has(labels, wanted) and _messages(look, explains, after, "firing"):
-                return f"inhibited by {explains['alertname']}"
+            known = explains["alertname"] == explained_by
+            if known and has(labels, wanted) and _messages(look, explains, after, "firing"):
+                return f"inhibited by {explained_by}"
     return ""
