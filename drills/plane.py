@@ -67,7 +67,8 @@ class Plane:
         return said
 
     def _run(self, name: str, script: str) -> tuple[int, str]:
-        done = self.hosts[name].run("bash -c %s", f"exec 2>&1\n{script}")
+        # Not from the home of who signed in, which others may not enter: psql says so each time.
+        done = self.hosts[name].run("bash -c %s", f"cd / && exec 2>&1\n{script}")
         return done.rc, done.stdout
 
 

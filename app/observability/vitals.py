@@ -74,8 +74,8 @@ class Vitals(Collector):
 
 
 def _pool_size(health: Health) -> int:
-    pool = getattr(health.consumer, "pool", None)
-    return pool.num_processes or 0 if pool else 0
+    # A pool of processes knows their number from when it was started.
+    return getattr(getattr(health.consumer, "pool", None), "num_processes", None) or 0
 
 
 def release() -> str:

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery.concurrency.prefork import TaskPool
 
 from app.observability.health import Health, Pulse
+from app.observability.vitals import Vitals
 
 BOUND = 60.0
 
@@ -84,3 +86,10 @@ def test_before_the_consumer_exists_the_worker_is_starting() -> None:
     assert found.broker == "starting"
     assert not found.ready
     assert found.report()["worker"] is None
+
+
+def test_while_its_pool_starts_the_gauges_can_be_read() -> None:
+    starting = health(in_loop=False)
+    starting.consumer.pool = TaskPool(2)  # type: ignore[union-attr]
+    gauges = {family.name: family for family in Vitals(starting, ["llm"], lambda: 0).collect()}
+    assert [sample.value for sample in gauges["celery_worker_pool_size"].samples] == [0]
