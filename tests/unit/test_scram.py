@@ -2,7 +2,7 @@
 
 import pytest
 
-from plugins.filter.skeldir_scram_fits import skeldir_scram_fits
+from roles.database.filter_plugins.skeldir_scram_fits import skeldir_scram_fits
 
 PENCIL = (
     "SCRAM-SHA-256$4096:W22ZaJ0SNY7soEsUEjb6gQ=="
