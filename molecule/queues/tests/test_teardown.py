@@ -13,9 +13,11 @@ pytestmark = pytest.mark.timeout(300)
 PLACES = re.compile("/(etc|opt|srv|usr/local|var/lib|var/log|home|root)/")
 MACHINERY = re.compile(
     "/var/lib/(apt|dpkg|systemd|ucf|pam|private)(/|$)"
-    "|/var/log/(journal|apt|wtmp|btmp|lastlog|private|dpkg.log|alternatives.log)(/|$)"
+    "|/var/log/(journal|apt|wtmp|wtmp[.]db|btmp|lastlog|private|dpkg.log|alternatives.log)(/|$)"
     "|/etc/(passwd|group|shadow|gshadow|subuid|subgid)-$"
     "|/etc/(resolv.conf|machine-id|hostname|mtab|.pwd.lock|.updated)$|/root/.ansible(/|$)"
+    # Who may sign in on a lab host.
+    "|/root/[.]ssh/authorized_keys$"
     # What adduser, dbus, locales and perl leave when they go again.
     "|/etc/(adduser|deluser|locale)[.](conf|alias|gen)$|/var/lib/dbus/machine-id$|/etc/perl(/|$)"
 )
