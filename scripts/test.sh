@@ -118,7 +118,7 @@ if [ ${#SCENARIOS[@]} = 0 ]; then
   check workflow "the workflow (check-jsonschema)" \
     check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
   check locks "the locked requirements are what pyproject.toml resolves to" locks_are_current
-  check unit "unit tests" suite unit tests/unit
+  check unit "unit tests" suite unit --numprocesses 2 --dist loadfile tests/unit
   check watching "alerts fire and end, panels show something, runbooks run" python -m monitoring check
   # Each file on a Postgres of its own: they mostly wait.
   check real "on a real Postgres: sessions, workers, broker, dead letters" \
