@@ -57,6 +57,15 @@ if sys.argv[1] == '0': insist(tasks.poison.delay)
 
 
 @dataclass
+class Stay:
+    """A job in the hands of a worker, from its reception to the last that was heard of it there."""
+
+    worker: str
+    began: float
+    ended: float
+
+
+@dataclass
 class Hit:
     """Trouble: from when to when, in seconds of the clock, and for which workers (None: all)."""
 
@@ -64,10 +73,10 @@ class Hit:
     ended: float
     workers: set[str] | None
 
-    def explains(self, worker: str, moment: float) -> bool:
-        """Whether what this worker did just then can have been lost to it."""
-        touched = self.workers is None or worker in self.workers
-        return touched and self.began - SLACK <= moment <= self.ended + SLACK
+    def explains(self, stay: Stay) -> bool:
+        """Whether what this worker did meanwhile can have been lost to it."""
+        touched = self.workers is None or stay.worker in self.workers
+        return touched and self.began - SLACK <= stay.ended and stay.began <= self.ended + SLACK
 
 
 class Chaos:
@@ -188,8 +197,8 @@ class Chaos:
         for _, pids in due:
             self._thaw(pids)
 
-    def run(self, jobs: int, seconds: float) -> bool:
-        """Publish, make trouble for so long, wait for the end; whether the ledger is right."""
+    def run(self, jobs: int, seconds: float) -> dict[str, object]:
+        """Publish, make trouble for so long, wait for the end; what is wrong with the ledger, by name."""
         self.mend()
         began = time.monotonic()
         parts = 10
@@ -212,8 +221,8 @@ class Chaos:
         self.stop()
         return self.report(jobs * len(publishers) // parts, published)
 
-    def report(self, jobs: int, published: list[int]) -> bool:
-        """Print the ledger."""
+    def report(self, jobs: int, published: list[int]) -> dict[str, object]:
+        """Print the ledger; what is wrong with it."""
         ledger = [line.split() for line in (self.directory / "ledger").read_text().splitlines()]
         ended = Counter(line[1] for line in ledger if line[0] == "ended")
         wanted = [f"j{i}" for i in range(jobs)] + [f"k{i}" for i in range(jobs) if i % 5 == 3]
@@ -236,7 +245,15 @@ class Chaos:
             "directory": str(self.directory),
         }
         print(json.dumps(result, indent=1))
-        return not lost and not unexplained and not any(published) and poison <= 3 + self.done.total()
+        wrong = {
+            "lost": lost,
+            "ran twice, and not in flight at any trouble": {
+                name: [str(stay) for stay in stays] for name, stays in unexplained.items()
+            },
+            "publishers that failed": [status for status in published if status],
+            "deliveries of the killer": poison if poison > 3 + self.done.total() else 0,
+        }
+        return {what: found for what, found in wrong.items() if found}
 
     def stop(self) -> None:
         """End every worker."""
@@ -256,21 +273,27 @@ class Chaos:
         now = time.time()
         self.hits.append(Hit(now, now, {self.numbers[pids[0]]}))
 
-    def _unexplained(self, names: list[str], ledger: list[list[str]]) -> list[str]:
-        """Jobs none of whose runs was in flight in a worker that got into trouble.
+    def _unexplained(self, names: list[str], ledger: list[list[str]]) -> dict[str, list[Stay]]:
+        """Jobs that were in no worker's hands while it got into trouble, and in whose hands they were.
 
-        A run of the one that published it counts as well: where that was repeated, so is what it published;
-        so does the moment it was sent: who had no answer from a server that crashed has sent it again.
+        The one that published it counts as well: where that was repeated, so is what it published; so does
+        the moment it was sent: who had no answer from a server that crashed has sent it again.
         """
-        runs: dict[str, list[tuple[str, float]]] = {name[1:]: [] for name in names}
-        for _, name, *_, worker, moment in ledger:
-            if name[1:] in runs:
-                runs[name[1:]].append((worker, float(moment)))
-        return [
-            name
+        stays: dict[str, list[Stay]] = {name[1:]: [] for name in names}
+        for event, name, *_, worker, moment in ledger:
+            if (known := stays.get(name[1:])) is None:
+                continue
+            now = float(moment)
+            stay = next((stay for stay in reversed(known) if stay.worker == worker), None)
+            if stay is None or event == "got":
+                known.append(Stay(worker, now, now))
+            else:
+                stay.ended = now
+        return {
+            name: stays[name[1:]]
             for name in names
-            if not any(hit.explains(*run) for run in runs[name[1:]] for hit in self.hits)
-        ]
+            if not any(hit.explains(stay) for stay in stays[name[1:]] for hit in self.hits)
+        }
 
     def _given_up(self) -> set[str]:
         """Jobs whose message is kept as dead: at its delivery limit, the last death being its own.
@@ -336,7 +359,10 @@ def main() -> int:
     if arguments.restart:
         command = shlex.split(arguments.restart)
         restart = lambda: subprocess.run(command, check=True)  # noqa: E731 - the caller's own command
-    return 0 if Chaos(arguments.dsn, arguments.seed, restart).run(arguments.jobs, arguments.seconds) else 1
+    wrong = Chaos(arguments.dsn, arguments.seed, restart).run(arguments.jobs, arguments.seconds)
+    if wrong:
+        print(json.dumps(wrong, indent=1))
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -482,8 +482,8 @@ class Reconciliation(Chaos):
             self._client.kill()
             self._client.wait()
 
-    def report(self, *_: object) -> bool:
-        """Print what was compared, and what differs."""
+    def report(self, *_: object) -> dict[str, object]:
+        """Print what was compared; what differs."""
         console = Console(width=110)
         wanted = self._ledger().counters()
         for worker, pool in zip(self.workers, self.pools, strict=False):
@@ -500,7 +500,7 @@ class Reconciliation(Chaos):
                 table.add_row(*map(str, row))
             console.print(table)
         console.print(f"{self.compared} numbers compared, {len(self.differences)} differ ({self.directory})")
-        return not self.differences
+        return {"differences": self.differences} if self.differences else {}
 
 
 def reconcile(database: Database, seed: int, jobs: int, seconds: float) -> bool:
@@ -512,7 +512,7 @@ def reconcile(database: Database, seed: int, jobs: int, seconds: float) -> bool:
         reconciliation.differences.append((str(error), "it was to be so", "it never was"))
     finally:
         reconciliation.stop()
-    return reconciliation.report()
+    return not reconciliation.report()
 
 
 def main(

@@ -512,6 +512,7 @@ DRILLS: dict[str, Drill] = {
             ),
         ),
         {"job": "node"},
+        needs=frozenset({"beat"}),  # its page starts each unit that is not
     ),
 }
 

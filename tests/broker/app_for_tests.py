@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 
 from celery import Celery
+from celery.signals import task_received
+from celery.worker.request import Request
 from kombu import Exchange, Queue
 
 import app.broker
@@ -38,6 +40,14 @@ def note(line: str) -> None:
     worker = os.environ.get("WORKER", "")  # where several are told apart
     os.write(file, f"{line} {worker and worker + ' '}{time.time():.6f}\n".encode())
     os.close(file)
+
+
+if "WORKER" in os.environ:
+    # Where several are told apart, it also counts how long each had a job that it had not begun yet.
+    @task_received.connect(weak=False)
+    def got(request: Request, **_: object) -> None:
+        """Note which job a worker has now."""
+        note(f"got {(request.args or ['poison'])[0]}")
 
 
 @celery.task

@@ -10,4 +10,4 @@ from tests.broker.conftest import Database
 def test_chaos_loses_nothing(database: Database) -> None:
     cluster = database.cluster
     chaos = Chaos(database.dsn(), seed=11, restart=lambda: cluster.restart("immediate"))
-    assert chaos.run(jobs=150, seconds=15)
+    assert chaos.run(jobs=150, seconds=15) == {}

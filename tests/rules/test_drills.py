@@ -3,14 +3,14 @@
 import re
 import subprocess
 import sys
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import pytest
 import yaml
 
 from app.core.topology import load_topology
-from drills.faults import DRILLS, UNDRILLED
+from drills.faults import DRILLS, UNDRILLED, Drill
 from drills.run import in_the_way
 from monitoring import deployed
 from tests.postgres import ROOT
@@ -52,6 +52,27 @@ def test_drills_that_would_disturb_each_other_do_not_run_together() -> None:
     assert in_the_way(DRILLS["PostgresDown"], DRILLS["CeleryDlqBurst"])
     assert in_the_way(DRILLS["SkeldirExporterDown"], DRILLS["CeleryDlqBurst"])
     assert not in_the_way(DRILLS["PostgresDown"], DRILLS["SkeldirExporterDown"])
+
+
+def test_a_drill_whose_page_starts_a_service_never_runs_beside_one_that_stops_it() -> None:
+    def stopped(drill: Drill) -> set[str]:
+        scripts = "\n".join(fault.make for fault in drill.faults)
+        return set(re.findall(r"systemctl (?:kill .*|stop )\b(skeldir-[\w@]+|prometheus[\w-]*)", scripts))
+
+    def started(alert: str) -> set[str]:
+        blocks = read_page(ROOT / f"runbooks/{alert}.md").blocks
+        mending = "\n".join(block.text for block in blocks if block.section == "Mitigation")
+        if "systemctl start" not in mending and "systemctl restart" not in mending:
+            return set()
+        return set(re.findall(r"skeldir-[\w@]+|prometheus[\w-]*", mending))
+
+    meetings = [
+        (alert, other)
+        for alert, other in permutations(DRILLS, 2)
+        if started(alert) & stopped(DRILLS[other]) and not in_the_way(DRILLS[alert], DRILLS[other])
+    ]
+    assert any(started(alert) & stopped(drill) for alert in DRILLS for drill in DRILLS.values())
+    assert meetings == []
 
 
 def test_a_time_scale_divides_every_duration_and_nothing_else(tmp_path: Path) -> None:
