@@ -43,9 +43,9 @@ stage() {
   shift 2
   printf '[%s] %s …\n' "$(elapsed)" "$text"
   if run "$@" 2>&1 </dev/null | tee "$log" | headlines; then
-    printf '[%s]   done in %d s\n' "$(elapsed)" $((SECONDS - began))
+    printf '[%s]   done in %d s: %s\n' "$(elapsed)" $((SECONDS - began)) "$text"
   else
-    printf '[%s]   FAILED after %d s; the end of %s:\n' "$(elapsed)" $((SECONDS - began)) "${log#"$PWD"/}" >&2
+    printf '[%s]   FAILED after %d s: %s; the end of %s:\n' "$(elapsed)" $((SECONDS - began)) "$text" "${log#"$PWD"/}" >&2
     grep -vE '^\s*$' "$log" | tail -n "${STAGE_TAIL:-40}" | sed 's/^/      /' >&2
     return 1
   fi

@@ -19,18 +19,24 @@ rm -rf "$EVIDENCE"
 FAST=
 [ "${1:-}" != --fast ] || { FAST=yes && shift; }
 SCENARIOS=("$@")
-RESULTS=()
 COUNTING=(--any-number)
-FAILED=0
+STAGES=$EVIDENCE/stages.txt
+touch "$STAGES"
 
-# check NAME TEXT COMMAND…: a stage whose failure is counted, so that the next ones still run.
+# check NAME TEXT COMMAND…: a stage whose outcome is written down, so that the next ones still run.
 check() {
   local text=$2 began=$SECONDS outcome=ok
-  STAGE_TAIL=60 stage "$@" || {
-    outcome=FAILED
-    FAILED=$((FAILED + 1))
-  }
-  RESULTS+=("$(printf '%-58s %-7s %4d s' "$text" "$outcome" $((SECONDS - began)))")
+  STAGE_TAIL=60 stage "$@" || outcome=FAILED
+  printf '%-58s %-7s %4d s\n' "$text" "$outcome" $((SECONDS - began)) >>"$STAGES"
+}
+
+failed() { grep -c ' FAILED ' "$STAGES" || true; }
+
+# beside COMMAND…: go on with it in the background, in a process group of its own, which `finish` ends.
+beside() {
+  set -m
+  "$@" &
+  set +m
 }
 
 python_style() { ruff format --check . && ruff check .; }
@@ -70,18 +76,10 @@ side_by_side() {
   suite real2 --last-failed --last-failed-no-failures none "$@"
 }
 
-# The README's first command as a person types it: on bare hosts, and again on what is there.
+# The README's first command as a person types it, on bare hosts; what a second run does is Molecule's `default` to say.
 first_command() {
-  local began
   ./plane up
   cp "$EVIDENCE/summary.txt" "$EVIDENCE/first-command.txt"
-  began=$SECONDS
-  ./plane up >"$EVIDENCE/log/again.txt"
-  say "the second time took $((SECONDS - began)) s"
-  sed -n '/changed=/p' "$EVIDENCE/log/again.txt"
-  if grep -q 'changed=[1-9]' "$EVIDENCE/log/again.txt"; then
-    fail "the second run changed something"
-  fi
   remove_labs "skeldir_lab=$LAB"
 }
 
@@ -93,10 +91,43 @@ no_secret_in_what_was_printed() {
 }
 
 finish() {
-  local scenario
+  local scenario group
+  for group in $(jobs -pr); do kill -- "-$group" 2>/dev/null || true; done
   remove_labs "skeldir_lab=$LAB"
   for scenario in molecule/*/molecule.yml; do
     remove_labs "skeldir_scenario=$(basename "$(dirname "$scenario")")"
+  done
+}
+
+static_checks() {
+  beside check ansible-lint "roles, playbooks and YAML (ansible-lint)" ansible-lint
+  check ruff "format and lint of the Python code (ruff)" python_style
+  check mypy "types and the order of imports (mypy, import-linter)" python_types
+  check shellcheck "shell scripts (shellcheck)" shell_style
+  check workflow "the workflow (check-jsonschema)" \
+    check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+  check locks "the locked requirements are what pyproject.toml resolves to" locks_are_current
+  wait
+}
+
+# What needs no lab host.
+tests_on_this_machine() {
+  check unit "unit tests" suite unit --numprocesses 2 --dist loadfile tests/unit
+  check watching "alerts fire and end, panels show something, runbooks run" python -m monitoring check
+  # Each file on a Postgres of its own: they mostly wait.
+  check real "on a real Postgres: sessions, workers, broker, dead letters" \
+    side_by_side tests/integration tests/broker tests/beat tests/dlq tests/rules
+}
+
+tests_of_scenarios() {
+  local name
+  for name in "$@"; do
+    if [ "$name" = compose ]; then
+      prepare_compose || say "docker compose can't be had; its tests will say so"
+      check compose "compose.yaml: serves every queue, is hardened, comes back" suite compose --reruns 1 tests/compose
+    else
+      check "molecule-$name" "Molecule scenario $name" molecule test --scenario-name "$name"
+    fi
   done
 }
 
@@ -106,52 +137,35 @@ if [ -n "$FAST" ]; then
 else
   prepare_machine tests
   start_engine
-  trap finish EXIT
   prepare_tools lab
+  trap finish EXIT # `prepare_tools` has one of its own meanwhile
 fi
 
-if [ ${#SCENARIOS[@]} = 0 ]; then
-  check ruff "format and lint of the Python code (ruff)" python_style
-  check mypy "types and the order of imports (mypy, import-linter)" python_types
-  check ansible-lint "roles, playbooks and YAML (ansible-lint)" ansible-lint
-  check shellcheck "shell scripts (shellcheck)" shell_style
-  check workflow "the workflow (check-jsonschema)" \
-    check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
-  check locks "the locked requirements are what pyproject.toml resolves to" locks_are_current
-  check unit "unit tests" suite unit --numprocesses 2 --dist loadfile tests/unit
-  check watching "alerts fire and end, panels show something, runbooks run" python -m monitoring check
-  # Each file on a Postgres of its own: they mostly wait.
-  check real "on a real Postgres: sessions, workers, broker, dead letters" \
-    side_by_side tests/integration tests/broker tests/beat tests/dlq tests/rules
-fi
-
-if [ -z "$FAST" ] && [ "$FAILED" -gt 0 ]; then
-  say "Not run: the tests on lab hosts, because something above failed."
-elif [ -z "$FAST" ]; then
-  if [ ${#SCENARIOS[@]} = 0 ]; then
+if [ ${#SCENARIOS[@]} -gt 0 ]; then
+  tests_of_scenarios "${SCENARIOS[@]}"
+else
+  static_checks
+  if [ -n "$FAST" ]; then
+    tests_on_this_machine
+  elif [ "$(failed)" -gt 0 ]; then
+    say "Not run: the tests, because something above failed."
+  else
     COUNTING=()
-    check first "the README's first command, twice" first_command
+    # Lab hosts and tests mostly wait: side by side they fill two cores.
+    beside tests_on_this_machine
+    check first "the README's first command" first_command
     # `fleet` rolls releases over four hosts and takes its time: ./plane test fleet
-    mapfile -t SCENARIOS < <(echo compose && cd molecule && printf '%s\n' */molecule.yml | cut -d/ -f1 | grep -vx fleet)
-  fi
-  for name in "${SCENARIOS[@]}"; do
-    if [ "$name" = compose ]; then
-      prepare_compose || say "docker compose can't be had; its tests will say so"
-      check compose "compose.yaml: serves every queue, is hardened, comes back" suite compose --reruns 1 tests/compose
-    else
-      check "molecule-$name" "Molecule scenario $name" molecule test --scenario-name "$name"
-    fi
-  done
-  if [ ${#COUNTING[@]} = 0 ]; then
+    mapfile -t SCENARIOS < <(cd molecule && printf '%s\n' */molecule.yml | cut -d/ -f1 | grep -vx fleet && echo compose)
+    tests_of_scenarios "${SCENARIOS[@]}"
+    wait
     check pasted "every command of every runbook was pasted" python -m monitoring pasted "$EVIDENCE/pasted.txt"
   fi
-  # compose.yaml's tests alone make no lab, whose secrets these are.
-  [ "${SCENARIOS[*]}" = compose ] ||
-    check secrets "no secret in anything that was printed" no_secret_in_what_was_printed
 fi
+# compose.yaml's tests alone make no lab, whose secrets these are.
+[ ${#SCENARIOS[@]} = 0 ] || [ "${SCENARIOS[*]}" = compose ] ||
+  check secrets "no secret in anything that was printed" no_secret_in_what_was_printed
 
 [ ! -f "$EVIDENCE/first-command.txt" ] || { echo && cat "$EVIDENCE/first-command.txt"; }
-echo
-printf '%s\n' "${RESULTS[@]}" | tee "$EVIDENCE/stages.txt"
-printf '%-66s %4d s\n\n' "all of it" $((SECONDS - STARTED)) | tee -a "$EVIDENCE/stages.txt"
-python scripts/count_tests.py "$EVIDENCE" --stages-failed "$FAILED" "${COUNTING[@]}"
+printf '%-66s %4d s\n' "all of it" $((SECONDS - STARTED)) >>"$STAGES"
+echo && cat "$STAGES" && echo
+python scripts/count_tests.py "$EVIDENCE" --stages-failed "$(failed)" "${COUNTING[@]}"
