@@ -40,7 +40,7 @@ class _Connection(Connection):
 
     def _ensure_connection(self, *args: Any, **options: Any) -> Any:
         waits = {"interval_start": 1, "interval_step": 0.5, "interval_max": 2}
-        return super()._ensure_connection(*args, **(waits | options))  # type: ignore[no-untyped-call]
+        return super()._ensure_connection(*args, **(waits | options))  # type: ignore[no-untyped-call] # kombu's own
 
 
 class _Amqp(AMQP):

@@ -17,9 +17,9 @@ def dev(
 ) -> None:
     """Run the whole plane on this machine, and restart it when the code changes."""
     # Only here, because every worker of a checkout imports this module.
-    from app.core.topology import TopologyError  # noqa: PLC0415
-    from dev.loop import run  # noqa: PLC0415
-    from dev.plane import DevError, Plane  # noqa: PLC0415
+    from app.core.topology import TopologyError
+    from dev.loop import run
+    from dev.plane import DevError, Plane
 
     # A shell makes what runs in its background deaf to Ctrl-C; whoever sends it means it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -46,7 +46,7 @@ new_cli = typer.Typer(help="Add a queue or a task to this checkout.", no_args_is
 @new_cli.command()
 def queue(name: Annotated[str, typer.Argument(help="Such as `reports`.")]) -> None:
     """Add a queue: its entry in the sheet, a module with a task, a test, and compose.yaml's part."""
-    from dev.scaffold import FIRST_TASK, REGENERATE, Refused, new_queue, regenerate  # noqa: PLC0415
+    from dev.scaffold import FIRST_TASK, REGENERATE, Refused, new_queue, regenerate
 
     try:
         written = new_queue(name)
@@ -68,7 +68,7 @@ def task(
     tenant: Annotated[bool, typer.Option("--tenant", help="It works for one tenant.")] = False,
 ) -> None:
     """Add a task: its line in the sheet, a function and a test."""
-    from dev.scaffold import Refused, new_task  # noqa: PLC0415
+    from dev.scaffold import Refused, new_task
 
     try:
         written = new_task(queue, name, tenant=tenant)

@@ -71,7 +71,7 @@ suite() {
 # Tests that run side by side disturb each other on a crowded machine: what failed gets one more run, alone. The
 # closing summary names it all the same.
 side_by_side() {
-  suite real --numprocesses 3 --dist loadfile "$@" && return
+  suite real --numprocesses 2 --dist loadfile "$@" && return
   say "Once more, alone: what failed in company."
   suite real2 --last-failed --last-failed-no-failures none "$@"
 }

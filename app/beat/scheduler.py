@@ -92,15 +92,15 @@ class Beat(Collector):
         self._looked_at = -math.inf
         self._moved_at = time.monotonic()
         self.probe = probe
-        disable_created_metrics()  # type: ignore[no-untyped-call]
+        disable_created_metrics()
         self.registry = CollectorRegistry()
-        counters = {"labelnames": ["entry"], "registry": self.registry}
-        self._enqueued = Counter("skeldir_beat_enqueued", "Runs that were enqueued.", **counters)  # type: ignore[arg-type]
-        self._errors = Counter("skeldir_beat_errors", "Attempts to enqueue a run that failed.", **counters)  # type: ignore[arg-type]
+        counters: dict[str, Any] = {"labelnames": ["entry"], "registry": self.registry}
+        self._enqueued = Counter("skeldir_beat_enqueued", "Runs that were enqueued.", **counters)
+        self._errors = Counter("skeldir_beat_errors", "Attempts to enqueue a run that failed.", **counters)
         self._gaps = Counter(
             "skeldir_beat_gaps",
             "Times that no scheduler was there for more than a minute, and one run stands for all it missed.",
-            **counters,  # type: ignore[arg-type]
+            **counters,
         )
         for name in schedule:
             for counter in (self._enqueued, self._errors, self._gaps):

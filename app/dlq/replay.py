@@ -126,7 +126,7 @@ def plan(
             SELECT fingerprint, min(task) AS task, min(class) AS failure_class, min(error_type) AS error_type,
                 why, count(*) AS n
             FROM chosen GROUP BY fingerprint, why ORDER BY fingerprint, n DESC
-            """  # noqa: S608 - constants
+            """
         ),
         values | _judged_by(topology, target_queue, max_replays) | {"limit": limit},
     )
@@ -189,7 +189,7 @@ def start(
     ids = list(
         session.execute(
             text(
-                f"SELECT f.id FROM celery_task_failures f WHERE {where} AND {_VERDICT} IS NULL"  # noqa: S608
+                f"SELECT f.id FROM celery_task_failures f WHERE {where} AND {_VERDICT} IS NULL"
                 " ORDER BY f.first_failed_at, f.id LIMIT CAST(:limit AS bigint)"
             ),
             values | _judged_by(topology, target_queue, max_replays) | {"limit": limit},
@@ -290,7 +290,7 @@ def step(session: Session, replay_id: int, topology: Topology, *, at_most: int) 
             JOIN celery_task_failure_payloads p ON p.failure_id = f.id AND p.version = f.payload_version
             WHERE f.id = ANY (:ids) AND {_VERDICT} IS NULL
             ORDER BY array_position(:ids, f.id) FOR UPDATE OF f
-            """  # noqa: S608 - constants
+            """
         ),
         {"ids": ids} | _judged_by(topology, batch["target_queue"], batch["max_replays"]),
     ).all()

@@ -214,7 +214,7 @@ def find(
         values |= {"before_time": before[0], "before_id": before[1]}
     rows = session.execute(
         text(
-            f"SELECT {_COLUMNS} FROM celery_task_failures f WHERE {where}"  # noqa: S608 - constants
+            f"SELECT {_COLUMNS} FROM celery_task_failures f WHERE {where}"
             " ORDER BY f.last_failed_at DESC, f.id DESC LIMIT :limit"
         ),
         values | {"limit": limit},
@@ -226,7 +226,7 @@ def count(session: Session, which: Filter) -> int:
     """How many rows are meant."""
     where, values = which.where()
     number: int = session.execute(
-        text(f"SELECT count(*) FROM celery_task_failures f WHERE {where}"),  # noqa: S608 - constants
+        text(f"SELECT count(*) FROM celery_task_failures f WHERE {where}"),
         values,
     ).scalar_one()
     return number
@@ -514,7 +514,7 @@ def _kinds(session: Session, which: Filter) -> list[str] | None:
                 WHERE k.n < {_MANY_KINDS}
             )
             SELECT f.fingerprint, max(f.n) OVER () AS n, ({" AND ".join(conditions)}) AS meant FROM k f
-            """  # noqa: S608 - constants
+            """
         ),
         values,
     ).all()
@@ -541,7 +541,7 @@ def _change(
         parameters["from_state"] = state
     act_as(session, actor, reason)
     rows = session.execute(
-        text(f"UPDATE celery_task_failures f SET {assignment} WHERE {where} RETURNING f.id"),  # noqa: S608
+        text(f"UPDATE celery_task_failures f SET {assignment} WHERE {where} RETURNING f.id"),
         parameters | (values or {}),
     )
     return sorted(rows.scalars())
@@ -579,7 +579,7 @@ def ids_of(session: Session, which: Filter, *, limit: int | None = None) -> Sequ
     return (
         session.execute(
             text(
-                f"SELECT f.id FROM celery_task_failures f WHERE {where}"  # noqa: S608 - constants
+                f"SELECT f.id FROM celery_task_failures f WHERE {where}"
                 " ORDER BY f.first_failed_at, f.id LIMIT :limit"
             ),
             values | {"limit": limit},

@@ -1,9 +1,8 @@
 """A worker whose failures become dead letters: what Celery would acknowledge, the broker is told to give up.
 
 Both classes are mixed into whatever request and consumer the application has. They act in the worker's main
-process, the only one that sees exceptions, both time limits and lost children. With a broker other than the
-one
-on Postgres nothing changes.
+process, the only one that sees exceptions, both time limits and lost children. With a broker other than
+the one on Postgres nothing changes.
 """
 
 import logging
@@ -62,16 +61,16 @@ class DeadLetterRequest:
             # Celery would end the whole worker for it, though it was one task that asked for too much.
             exc_info = copy(exc_info)
             exc_info.exception = _OutOfMemoryError(f"MemoryError: {error}")
-        super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc] # the one mixed with
+        super().on_failure(exc_info, send_failed_event, return_ok)  # the one mixed with
 
     def on_timeout(self: Any, soft: bool, timeout: float) -> None:
         """A time limit passed; the soft one is raised inside the task."""
         if not soft:
             self._failure = failure_of(TimeLimitExceeded(timeout), None, worker=self.hostname)
-        super().on_timeout(soft, timeout)  # type: ignore[misc]
+        super().on_timeout(soft, timeout)
 
     def _success_was_stored(self: Any) -> Any:
-        stored = super()._success_was_stored()  # type: ignore[misc]
+        stored = super()._success_was_stored()
         if stored:  # its process died after it was done
             self._failure = None
         return stored
@@ -87,18 +86,18 @@ class DeadLetterRequest:
                 worker=self.hostname,
                 attempts=0,
             )
-        super()._announce_revoked(reason, *args)  # type: ignore[misc]
+        super()._announce_revoked(reason, *args)
 
     def acknowledge(self: Any) -> None:
         """Celery is done with it, whichever way."""
         self._hand_over()
-        super().acknowledge()  # type: ignore[misc]
+        super().acknowledge()
 
     def reject(self: Any, requeue: bool = False) -> None:
         """Celery gives it back, or gives it up."""
         if not requeue:
             self._hand_over()
-        super().reject(requeue)  # type: ignore[misc]
+        super().reject(requeue)
 
     def _hand_over(self: Any) -> None:
         if self.acknowledged:
@@ -114,7 +113,7 @@ class DeadLetterConsumer:
 
     def create_task_handler(self: Any, *args: Any, **options: Any) -> Any:
         """Look at every message first."""
-        handle = super().create_task_handler(*args, **options)  # type: ignore[misc]
+        handle = super().create_task_handler(*args, **options)
 
         def on_task_received(message: Any) -> None:
             try:
@@ -144,7 +143,7 @@ class DeadLetterConsumer:
             FAILED,
             Failure.of("invalid", type(exc).__name__, str(exc), worker=self.hostname, attempts=0),
         )
-        super().on_invalid_task(body, message, exc)  # type: ignore[misc]
+        super().on_invalid_task(body, message, exc)
 
 
 class _Counters(Collector):

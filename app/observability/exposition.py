@@ -41,7 +41,7 @@ def _labels(pairs: tuple[tuple[str, str], ...]) -> str:
 
 
 def _number(value: float) -> str:
-    return str(floatToGoString(value))  # type: ignore[no-untyped-call]
+    return str(floatToGoString(value))
 
 
 def _escaped(value: str) -> str:

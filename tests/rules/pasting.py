@@ -1,7 +1,7 @@
 """Working through an alert's page on lab hosts: every block pasted on the host that the page is for.
 
-These are the pages of alerts that no drill makes. The plane is well there, so what a page tells to do must leave
-it well, and what it tells to look at must change nothing.
+These are the pages of alerts that no drill makes. The plane is well there, so what a page tells to do must
+leave it well, and what it tells to look at must change nothing.
 """
 
 from pathlib import Path
