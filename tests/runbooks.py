@@ -1,7 +1,8 @@
 """Runbooks as a tired person uses them: each block of commands is copied from the page and pasted in a shell.
 
 A block is what stands between a line "```sh" and the next "```". The block of kind `text` behind it, if
-there is one, is an example of what it prints, and its first line must come again (numbers and spaces aside).
+there is one, is an example of what it prints, and its lines must come again (numbers and spaces aside; "…"
+stands for what differs from plane to plane).
 `sh status=1` is a block that ends with that status. A block that asks (`read -r -p "…" GROUP`) is answered,
 and what it was told stays in the shell, as on a page where later blocks say "$GROUP". Where EVIDENCE names a
 folder, each block that was pasted and did as the page says is noted there: `python -m monitoring pasted`.
@@ -142,9 +143,8 @@ class Reader:
         known = "".join(f"{name}={shlex.quote(value)}\n" for name, value in self.variables.items())
         status, output = self.run(known + block.text)
         assert status == block.status, f"{block.text}\nended with {status}:\n{output}"
-        if block.example:
-            wanted = _words(block.example.partition("\n")[0])
-            lines = [_words(line) for line in output.splitlines()]
+        lines = [_words(line) for line in output.splitlines()]
+        for wanted in map(_words, (block.example or "").splitlines()):
             assert any(wanted <= line for line in lines), f"{block.text}\nprinted no {wanted}:\n{output}"
         return output
 
