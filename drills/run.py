@@ -172,15 +172,20 @@ class Run:
 
 
 class _Floor:
-    """Any number may act at once, or one look: what it sees must be its own doing."""
+    """Any number may act at once, or one look: what it sees must be its own doing.
+
+    Who acts next waits for those that want to look, or they would wait until nobody is left.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._acting = 0
+        self._want_to_look = 0
 
     @contextmanager
     def acting(self) -> Iterator[None]:
         with self._changed:
+            self._changed.wait_for(lambda: self._want_to_look == 0)
             self._acting += 1
         try:
             yield
@@ -192,8 +197,13 @@ class _Floor:
     @contextmanager
     def looking(self) -> Iterator[None]:
         with self._changed:
-            self._changed.wait_for(lambda: self._acting == 0)
-            yield
+            self._want_to_look += 1
+            try:
+                self._changed.wait_for(lambda: self._acting == 0)
+                yield
+            finally:
+                self._want_to_look -= 1
+                self._changed.notify_all()
 
 
 def in_the_way(one: Drill, other: Drill) -> bool:
