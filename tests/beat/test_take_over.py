@@ -45,7 +45,8 @@ def test_whoever_is_killed_every_run_is_enqueued_once(plan: Plan, scheduler: Sta
         schedulers.append(scheduler(dawdle=0.05))
         waits.append(until(lambda: active(schedulers), BOUND))
     goes_on(plan)
-    for one in active(schedulers):
+    until(lambda: all(one.role for one in schedulers))  # who was just started hears no signal yet
+    for one in schedulers:
         one.stop()
     due, lost, doubled = plan.settle(begun)
     print(
