@@ -36,7 +36,7 @@ def main() -> int:
                 outcomes[test] = "skipped"
             else:
                 if outcomes.get(test) == "failed":
-                    print(f"  but passed alone: {name}")
+                    print(f"  but passed when tried again: {name}")
                 elif again is not None and outcomes.get(test) == "passed":
                     print(f"passed only when tried again: {name}: {again.get('value', '')[:300]}")
                 outcomes[test] = "passed"

@@ -65,15 +65,18 @@ locks_are_current() {
 suite() {
   local name=$1
   shift
-  pytest --quiet --junitxml "$EVIDENCE/junit-$name.xml" "$@"
+  # Suites run beside each other; each remembers for itself what failed.
+  pytest --quiet --override-ini "cache_dir=.pytest_cache/${name%2}" --junitxml "$EVIDENCE/junit-$name.xml" "$@"
 }
 
-# Tests that run side by side disturb each other on a crowded machine: what failed gets one more run, alone. The
-# closing summary names it all the same.
+# Tests that run side by side disturb each other on a crowded machine: what failed gets one more run, one after the
+# other. The closing summary names it all the same.
 side_by_side() {
-  suite real --numprocesses 2 --dist loadfile "$@" && return
-  say "Once more, alone: what failed in company."
-  suite real2 --last-failed --last-failed-no-failures none "$@"
+  local name=$1
+  shift
+  suite "$name" --numprocesses 2 --dist loadfile "$@" && return
+  say "Once more, one by one: what failed in company."
+  suite "${name}2" --last-failed --last-failed-no-failures none "$@"
 }
 
 # The README's first command as a person types it, on bare hosts; what a second run does is Molecule's `default` to say.
@@ -112,11 +115,11 @@ static_checks() {
 
 # What needs no lab host.
 tests_on_this_machine() {
-  check unit "unit tests" suite unit --numprocesses 2 --dist loadfile tests/unit
+  check unit "unit tests" side_by_side unit tests/unit
   check watching "alerts fire and end, panels show something, runbooks run" python -m monitoring check
   # Each file on a Postgres of its own: they mostly wait.
   check real "on a real Postgres: sessions, workers, broker, dead letters" \
-    side_by_side tests/integration tests/broker tests/beat tests/dlq tests/rules
+    side_by_side real tests/integration tests/broker tests/beat tests/dlq tests/rules
 }
 
 tests_of_scenarios() {
