@@ -528,5 +528,6 @@ UNDRILLED = {
     "CeleryDlqReplayStuck": _TIME,
     "PostgresOldTransaction": "a quarter of an hour must pass",
     "PostgresVacuumBehind": _TIME,
+    "PostgresCertificateEnding": "a certificate takes the authority's key, which is on no host",
 }
 """Alerts without a drill, and why; tests/rules/record.py records their troubles, and rules and pages are tested."""

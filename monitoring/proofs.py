@@ -62,6 +62,7 @@ TROUBLES = {
     "PostgresOldTransaction": Trouble("old_snapshot", "snapshot_gone", lasts=80),
     "PostgresXminHeld": Trouble("old_snapshot", "snapshot_gone"),
     "PostgresVacuumBehind": Trouble("old_snapshot", "snapshot_gone", lasts=90),
+    "PostgresCertificateEnding": Trouble("certificate_ending", "certificate_renewed"),
     "HostDiskFilling": Trouble("disk_full", "disk_free"),
     "TargetDown": Trouble("node_away", "calm", before="calm"),
     "PrometheusRuleFailing": Trouble("busy", "busy", lasts=10),

@@ -20,6 +20,7 @@ Series = dict[str, float]
 """Values by series, written as `name{label="value",…}`."""
 
 EVENTS = (
+    "celery_postgres_certificate_not_after_timestamp_seconds",
     "celery_table_last_autovacuum_timestamp_seconds",
     "skeldir_exporter_collector_last_success_timestamp_seconds",
 )

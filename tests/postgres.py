@@ -38,6 +38,27 @@ from dev.server import (
 PASSWORDS = {role: f"{role}'s p@ss:w/rd %41 #?&" for role in ROLES}
 
 
+def self_signed(directory: Path, name: str, days: int = 2) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 and its key; who trusts the one trusts whoever has the other.
+
+    With `days` below 0 it has ended already.
+    """
+    certificate, key = directory / f"{name}.crt", directory / f"{name}.key"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
+            *("-noenc", "-keyout", key, "-out", certificate, "-subj", f"/CN={name}"),
+            *("-addext", "subjectAltName=IP:127.0.0.1"),
+        ],
+        capture_output=True,
+        check=True,
+    )
+    # `req` knows no days below 0.
+    signed = ["openssl", "x509", "-in", certificate, "-signkey", key, "-days", str(days), "-out", certificate]
+    subprocess.run(signed, capture_output=True, check=True)
+    return certificate, key
+
+
 @dataclass
 class Cluster:
     """One server. `fsync=True` for tests of what survives a crash; it is off otherwise, which is faster.
@@ -160,6 +181,15 @@ class Cluster:
             if parent == self.process.pid:
                 pids.append(int(stat.parent.name))
         return pids
+
+    def certify(self, certificate: Path, key: Path) -> None:
+        """Give it a certificate, which it presents from its next start or reload on, where `ssl` is on."""
+        for source, name in ((certificate, "server.crt"), (key, "server.key")):
+            target = self.data / name
+            target.write_bytes(source.read_bytes())
+            target.chmod(0o600)
+            if who := unprivileged():
+                os.chown(target, who["user"], who["group"])
 
     def destroy(self) -> None:
         """Stop the server and remove its directory."""

@@ -4,6 +4,8 @@ Labels are bounded: queues and tasks are the sheet's, or `other`; classes, state
 All series of a family are there from the beginning, at 0.
 """
 
+import socket
+import ssl
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -34,6 +36,8 @@ class Collected:
     """One part of the numbers, asked for in one go."""
 
     name: ClassVar[str]
+    every: ClassVar[float] = 0.0
+    """Seconds until it is asked again once it succeeded, at least."""
 
     def __init__(self, sheet: Topology) -> None:
         self.sheet = sheet
@@ -402,6 +406,54 @@ class Sessions(Collected):
         return found
 
 
+class Certificates(Collected):
+    """Until when the server's certificate holds, and the ones that vouch for it.
+
+    Nobody can connect any more from its end on, and sessions that stand tell nobody.
+    """
+
+    name = "certificates"
+    every = 60.0  # the server starts a process for it
+
+    _SSL_REQUEST = (8).to_bytes(4, "big") + (80877103).to_bytes(4, "big")
+    """PostgreSQL's own message for it (its documentation, "Message Formats")."""
+    _NO_CHECK_TIME = 0x200000
+    """X509_V_FLAG_NO_CHECK_TIME of OpenSSL: one that has ended tells its end, too."""
+
+    def collect(self, cursor: Cursor) -> list[Metric]:
+        """Ask the server that the session is with, as a new session would."""
+        ends = {("server",): 0.0, ("authority",): 0.0}
+        session = cursor.connection.info
+        authorities = session.dsn_parameters.get("sslrootcert", "system")
+        if session.ssl_in_use and authorities != "system":
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = False  # the session has verified whose it is
+            context.verify_flags |= self._NO_CHECK_TIME
+            context.load_verify_locations(authorities)
+            with socket.create_connection((session.host, session.port), timeout=5) as connection:
+                connection.sendall(self._SSL_REQUEST)
+                connection.recv(1)
+                with context.wrap_socket(connection) as encrypted:
+                    ends["server",] = _not_after(encrypted.getpeercert())
+            # While one takes the other's place both are trusted; whoever is left vouches on.
+            ends["authority",] = max(map(_not_after, context.get_ca_certs()))
+        return [
+            gauge(
+                "celery_postgres_certificate_not_after_timestamp_seconds",
+                "When a certificate ends that sessions with the database need; 0 where none is verified.",
+                ("certificate",),
+                ends,
+            )
+        ]
+
+
+def _not_after(certificate: Any) -> float:
+    return float(ssl.cert_time_to_seconds(certificate["notAfter"]))
+
+
 def collectors(sheet: Topology, budget: int | None) -> list[Collected]:
     """All of them, the most important first."""
-    return [Queues(sheet), DeadLetters(sheet), Arrivals(sheet), Sessions(sheet, budget), Tables(sheet)]
+    return [
+        *(Queues(sheet), DeadLetters(sheet), Arrivals(sheet), Sessions(sheet, budget), Tables(sheet)),
+        Certificates(sheet),
+    ]

@@ -53,7 +53,7 @@ class Part:
 
     def rest(self) -> float:
         """Seconds until its next look."""
-        return max(_REST, _SHARE * self.duration)
+        return max(_REST, _SHARE * self.duration, self.collector.every if self.succeeded else 0.0)
 
 
 class Exporter(Collector):

@@ -902,6 +902,21 @@ POSTGRES = Page(
                     bounds=(1e6, 5e6),
                     runbook="PostgresXminHeld",
                 ),
+                Panel(
+                    "Certificates",
+                    "How long the server's certificate holds, and the ones that vouch for it. A run of site.yml renews "
+                    "the server's in its last thirty days; a ticket at fourteen.",
+                    (
+                        (
+                            "min by (certificate) (celery_postgres_certificate_not_after_timestamp_seconds > 0) - time()",
+                            "{{certificate}}",
+                        ),
+                    ),
+                    unit="s",
+                    bounds=(14 * 86400, 2 * 86400),
+                    low=True,
+                    runbook="PostgresCertificateEnding",
+                ),
             ),
         ),
         (

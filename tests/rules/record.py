@@ -18,7 +18,7 @@ from urllib.request import urlopen
 from app.core.topology import load_topology
 from monitoring import recordings
 from monitoring.recordings import Series, Writer
-from tests.postgres import ROOT, Cluster, Database, free_port, provisioned_cluster
+from tests.postgres import ROOT, Cluster, Database, free_port, provisioned_cluster, self_signed
 from tests.rules.troubled_plane import MODULE
 from tests.workers import Worker, environment, started
 
@@ -130,7 +130,8 @@ class Plane:
     def start_exporter(self) -> None:
         port = self.targets.port("skeldir-exporter", f"worker1:{SHEET.exporter.port}")
         code = f"from {MODULE} import run_exporter; run_exporter({port})"
-        env = environment(self.database.dsn("app_ro"), SKELDIR_CONNECTION_BUDGET="57")
+        dsn = f"{self.database.dsn('app_ro')}?sslmode=verify-full&sslrootcert={self.folder / 'server.crt'}"
+        env = environment(dsn, SKELDIR_CONNECTION_BUDGET="57")
         stack = self.stacks["exporter"] = ExitStack()
         self.workers["exporter"] = stack.enter_context(
             started([sys.executable, "-c", code], self.folder / "exporter", env)
@@ -144,6 +145,14 @@ class Plane:
         log, env = self.folder / "beat", environment(self.database.dsn())
         self.workers["beat"] = stack.enter_context(started(command, log, env))
         wait(lambda: self.scheduled("skeldir_beat_active") == 1)
+
+    def certify(self, days: int) -> None:
+        """Give the server a certificate that holds for so long; returns when the exporter knows it."""
+        self.cluster.certify(*self_signed(self.folder, "server", days))
+        self.sql("ALTER SYSTEM SET ssl = on", "SELECT pg_reload_conf()")
+        ends, end = "celery_postgres_certificate_not_after_timestamp_seconds", time.time() + days * 86400
+        if "exporter" in self.stacks:
+            wait(lambda: abs(self.exported(ends, certificate="server") - end) < 3600)
 
     def scheduled(self, metric: str) -> float:
         return self.targets.value("skeldir-beat", metric)
@@ -396,6 +405,11 @@ def record(plane: Plane, disk: Path) -> None:
     wait(lambda: plane.scheduled("skeldir_beat_enqueued_total") > 0)
     targets.moment("beat_allowed")
 
+    plane.certify(days=5)
+    targets.moment("certificate_ending")
+    plane.certify(days=365)
+    targets.moment("certificate_renewed")
+
     cluster.stop()
     wait(lambda: plane.told("celery_worker_database_connected") == 0)
     wait(lambda: plane.exported("skeldir_exporter_database_up") == 0)
@@ -422,6 +436,7 @@ def main() -> None:
         for queue in SHEET.queues:
             plane.start_worker(queue)
         plane.start_drained()
+        plane.certify(days=365)
         plane.start_exporter()
         plane.start_beat()
         node_stack = stack.enter_context(ExitStack())
