@@ -383,7 +383,8 @@ class Transport(virtual.Transport):
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 raise TimeoutError
-            wait = self._next_poll - now if self.session.connected else _TIMER
+            polling = self._holder is not None and self.online
+            wait = self._next_poll - now if polling else _TIMER
             if self._should_nudge:
                 wait, self._urgent = min(wait, _GATHER), True
             if deadline is not None:
@@ -467,10 +468,11 @@ class Transport(virtual.Transport):
         return self._waker[0]
 
     def _drain_waker(self) -> None:
-        self._woken = False
         if self._waker is not None:
             with suppress(BlockingIOError):
                 self._waker[0].recv(64)
+        # Not before: who wakes us meanwhile would see its byte taken along, and nobody would send another one.
+        self._woken = False
 
     def driver_version(self) -> str:
         """Version of the driver."""

@@ -84,6 +84,44 @@ def test_a_lost_connection_costs_no_cpu_while_the_keeper_has_none_either(
     until(lambda: taker.drain() == ["a"])
 
 
+def test_waiting_costs_no_cpu_before_anything_is_consumed(connect: Connect) -> None:
+    connection = connect()
+    connection.connect()
+    used = time.thread_time()
+    with pytest.raises(TimeoutError):
+        connection.drain_events(timeout=1)
+    assert time.thread_time() - used < 0.3
+
+
+def test_waiting_costs_no_cpu_while_only_the_keeper_has_no_connection(connect: Connect) -> None:
+    connection = connect(polling_interval=0.1)
+    taker = Taker(connection)
+    assert taker.drain(0.1) == []
+    connection.transport.holder().online = False
+    used = time.thread_time()
+    assert taker.drain(1) == []
+    assert time.thread_time() - used < 0.3
+
+
+def test_who_is_woken_while_it_wakes_up_can_be_woken_again(connect: Connect) -> None:
+    transport = connect().transport
+    here, there = transport._open_waker(), transport._waker[1]
+
+    class Interrupted:
+        """Another thread wakes it amid the reading."""
+
+        def recv(self, size: int) -> bytes:
+            transport.wake()
+            return here.recv(size)
+
+    transport.wake()
+    transport._waker = (Interrupted(), there)
+    transport._drain_waker()
+    transport._waker = (here, there)
+    transport.wake()
+    assert here.recv(64)
+
+
 def test_a_full_window_takes_nothing(connect: Connect, sql: cursor) -> None:
     send(connect(), *range(10))
     taker = Taker(connect(), prefetch=3)
