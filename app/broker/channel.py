@@ -96,7 +96,11 @@ class Channel(virtual.Channel):
                 ) from None
 
     def store(self, publications: list[Publication]) -> None:
-        """Store publications in one transaction, in order."""
+        """Store publications in one transaction, in order.
+
+        Raises:
+            ChannelError: somebody deletes a queue as often as it is declared; nothing is stored.
+        """
         for _ in range(len(publications) + 1):
             try:
                 if len(publications) == 1:
@@ -113,6 +117,13 @@ class Channel(virtual.Channel):
                     self._declare(queue)  # deleted by somebody since it was declared here
             else:
                 return
+        names = ", ".join(sorted({publication.queue for publication in publications}))
+        raise ChannelError(
+            f"NOT_FOUND - one of the queues {names} is deleted again and again: nothing was published",
+            (60, 40),
+            "Channel.basic_publish",
+            "404",
+        )
 
     def wake(self, queue_ids: list[int]) -> None:
         """Notify who sleeps on these queues, after somebody else's commit."""

@@ -122,6 +122,13 @@ def test_who_is_woken_while_it_wakes_up_can_be_woken_again(connect: Connect) -> 
     assert here.recv(64)
 
 
+def test_a_queue_that_is_gone_each_time_is_said(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    channel = connect().default_channel
+    monkeypatch.setattr(channel, "_declare", lambda _: 0)  # as if somebody deleted it at once
+    with pytest.raises(ChannelError, match="nosuch"):
+        Producer(channel).publish("a", routing_key="nosuch")
+
+
 def test_a_full_window_takes_nothing(connect: Connect, sql: cursor) -> None:
     send(connect(), *range(10))
     taker = Taker(connect(), prefetch=3)
