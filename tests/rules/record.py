@@ -249,14 +249,16 @@ def small_disk(folder: Path, targets: Targets) -> Iterator[Path]:
         f"--web.listen-address=127.0.0.1:{port}",
         "--collector.disable-defaults",
     ]
-    node = subprocess.Popen([*command, "--collector.filesystem"], stderr=subprocess.DEVNULL)
     targets.add("node", "db1:9100", port)
     targets.disk = mount
     try:
-        yield mount
+        node = subprocess.Popen([*command, "--collector.filesystem"], stderr=subprocess.DEVNULL)
+        try:
+            yield mount
+        finally:
+            node.terminate()
+            node.wait(timeout=20)
     finally:
-        node.terminate()
-        node.wait(timeout=20)
         subprocess.run(["umount", mount], check=True)
 
 
