@@ -471,7 +471,7 @@ class Transport(virtual.Transport):
         if self._waker is not None:
             with suppress(BlockingIOError):
                 self._waker[0].recv(64)
-        # Not before: who wakes us meanwhile would see its byte taken along, and nobody would send another one.
+        # Not before: who wakes us meanwhile would have its byte taken along, and nobody would send another.
         self._woken = False
 
     def driver_version(self) -> str:
