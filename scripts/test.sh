@@ -33,10 +33,19 @@ check() {
 failed() { grep -c ' FAILED ' "$STAGES" || true; }
 
 # beside COMMAND…: go on with it in the background, in a process group of its own, which `finish` ends.
+BESIDE=()
 beside() {
   set -m
   "$@" &
   set +m
+  BESIDE+=($!)
+}
+
+# Not for every child of this shell: the Docker engine may be one.
+wait_for_those_beside() {
+  local group
+  for group in "${BESIDE[@]}"; do wait "$group" || true; done
+  BESIDE=()
 }
 
 python_style() { ruff format --check . && ruff check .; }
@@ -95,7 +104,7 @@ no_secret_in_what_was_printed() {
 
 finish() {
   local scenario group
-  for group in $(jobs -pr); do kill -- "-$group" 2>/dev/null || true; done
+  for group in "${BESIDE[@]}"; do kill -- "-$group" 2>/dev/null || true; done
   remove_labs "skeldir_lab=$LAB"
   for scenario in molecule/*/molecule.yml; do
     remove_labs "skeldir_scenario=$(basename "$(dirname "$scenario")")"
@@ -110,7 +119,7 @@ static_checks() {
   check workflow "the workflow (check-jsonschema)" \
     check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
   check locks "the locked requirements are what pyproject.toml resolves to" locks_are_current
-  wait
+  wait_for_those_beside
 }
 
 # What needs no lab host.
@@ -160,7 +169,7 @@ else
     # `fleet` rolls releases over four hosts and takes its time: ./plane test fleet
     mapfile -t SCENARIOS < <(cd molecule && printf '%s\n' */molecule.yml | cut -d/ -f1 | grep -vx fleet && echo compose)
     tests_of_scenarios "${SCENARIOS[@]}"
-    wait
+    wait_for_those_beside
     check pasted "every command of every runbook was pasted" python -m monitoring pasted "$EVIDENCE/pasted.txt"
   fi
 fi
