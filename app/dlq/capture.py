@@ -1,9 +1,8 @@
 """What becomes of a message that will not be delivered again: the broker's seam, filled.
 
 The broker deletes the message and calls this in the same transaction, so the row exists exactly if the
-message is
-gone. When the row can't be written the message stays with the broker, which tries again; that is counted
-here.
+message is gone. When the row can't be written the message stays with the broker, which tries again; that is
+counted here.
 """
 
 import logging
