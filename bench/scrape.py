@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.core.topology import load_topology
+from app.exporter.collectors import collectors
 from tests.postgres import Database, free_port, provisioned_cluster
 from tests.workers import environment, exporter_command, started
 
@@ -98,7 +99,7 @@ def found(port: int) -> str:
         except OSError:
             text = ""
         states = re.findall(r"^skeldir_exporter_collector_success\{.*\} (\S+)$", text, re.MULTILINE)
-        if set(states) == {"1.0"}:
+        if states == ["1.0"] * len(collectors(load_topology(), None)):
             return text
         time.sleep(0.2)
     raise SystemExit("the exporter did not find everything within two minutes")

@@ -454,6 +454,10 @@ def _not_after(certificate: Any) -> float:
 def collectors(sheet: Topology, budget: int | None) -> list[Collected]:
     """All of them, the most important first."""
     return [
-        *(Queues(sheet), DeadLetters(sheet), Arrivals(sheet), Sessions(sheet, budget), Tables(sheet)),
+        Queues(sheet),
+        DeadLetters(sheet),
+        Arrivals(sheet),
+        Sessions(sheet, budget),
+        Tables(sheet),
         Certificates(sheet),
     ]

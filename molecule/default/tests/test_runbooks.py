@@ -1,4 +1,4 @@
-"""The alerts' pages for workers and the database, pasted on the lab hosts."""
+"""The pages of alerts without a drill for workers and the database, pasted on the lab hosts."""
 
 from pathlib import Path
 

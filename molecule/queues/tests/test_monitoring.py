@@ -36,6 +36,7 @@ def test_the_exporter_knows_everything(worker: Host) -> None:
     states = re.findall(
         r'^skeldir_exporter_collector_success\{collector="(\w+)"\} (\S+)$', shown, re.MULTILINE
     )
+    assert len(states) == 6
     assert {state for _, state in states} == {"1.0"}
 
 

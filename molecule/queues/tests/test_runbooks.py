@@ -1,4 +1,4 @@
-"""The alerts' pages for what watches, which this scenario brings up, pasted on the lab hosts."""
+"""The pages of alerts without a drill for what watches, pasted on the lab hosts."""
 
 from pathlib import Path
 
