@@ -8,11 +8,11 @@ them when they are asked for.
 counts by itself: a message that came back because its process died was started, and failed, once more.
 """
 
-from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from math import inf, isnan
+from math import inf
 from threading import Lock
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -89,11 +89,13 @@ _HISTOGRAMS = {
 class TaskSeries:
     """All numbers of one task on one queue, each changed and read under `lock`."""
 
-    __slots__ = (*_COUNTERS, *_HISTOGRAMS, "successes")
+    __slots__ = (*_COUNTERS, *_HISTOGRAMS, "begun", "succeeded")
 
     def __init__(self, exceptions: Iterable[str]) -> None:
-        self.successes = array("d")
-        """Started and succeeded, but not counted yet: of each the seconds it waited, or NaN, and ran."""
+        self.begun: list[tuple[Any, Any, float]] = []
+        """Runs that began and are not counted yet, as `_waits` wants them."""
+        self.succeeded: list[float] = []
+        """The seconds that runs took which succeeded and are not counted yet."""
         self.started = 0
         self.success = 0
         self.failure = dict.fromkeys(exceptions, 0)
@@ -104,20 +106,36 @@ class TaskSeries:
         self.queue_wait = Distribution(QUEUE_WAIT_BOUNDS)
         self.duration = Distribution(BUCKETS)
 
-    def count_successes(self) -> None:
-        """Count those that are not counted yet."""
-        waits, runs = self.successes[::2], self.successes[1::2]
-        del self.successes[:]
-        self.started += len(runs)
-        self.success += len(runs)
-        self.queue_wait.observe(wait for wait in waits if not isnan(wait))
-        self.duration.observe(runs)
+    def count(self) -> None:
+        """Count what is not counted yet."""
+        self.started += len(self.begun)
+        self.queue_wait.observe(_waits(self.begun))
+        self.begun.clear()
+        self.success += len(self.succeeded)
+        self.duration.observe(self.succeeded)
+        self.succeeded.clear()
 
     @property
     def in_flight(self) -> int:
         """Runs that began and have not ended."""
         ended = self.success + sum(self.failure.values()) + self.retry + self.revoked["terminated"]
         return self.started - ended
+
+
+def _waits(begun: Iterable[tuple[Any, Any, float]]) -> list[float]:
+    """The seconds that runs waited, as far as that is known.
+
+    Args:
+        begun: of each run what its message says of when it was published and of deliveries that failed before
+            (whatever it holds there, or None), and when it began.
+    """
+    # After a delivery that failed it waited for something else: that its worker died. But one that was only
+    # handed back goes on waiting.
+    return [
+        began - published if began > published else 0.0
+        for published, failed_before, began in begun
+        if failed_before is None and type(published) is float
+    ]
 
 
 class TaskMetrics(Collector):
@@ -154,7 +172,7 @@ class TaskMetrics(Collector):
         with lock:
             self.count_starts()
             for series in self._series.values():
-                series.count_successes()
+                series.count()
             return list(self._families())
 
     def _families(self) -> Iterator[Metric]:
