@@ -14,27 +14,25 @@ from celery.worker import state
 from celery.worker.request import Request
 
 from app.observability.context import PUBLISHED_HEADER
-from app.observability.metrics import TaskMetrics, TaskSeries, lock
+from app.observability.metrics import Run, TaskMetrics, TaskSeries, lock
 
 _FAILED_DELIVERIES = "x-delivery-count"
 """Message header: how many deliveries of it failed before; named as by RabbitMQ's quorum queues."""
-_AT_ONCE = 100
-"""Successes that wait to be counted, at most; few, so that their memory is soon used again."""
+_AT_ONCE = 250
+"""How many successes are counted at once: that many times in a row the code that counts is in the caches."""
 
 
 class MeteredRequest(Request):
     """A delivery that is counted once, whatever ends it first.
 
     Its start is counted when it ends, or before that when somebody looks (`count_starts`): most jobs are
-    over long before, and pay for one look at the numbers instead of two.
+    over long before, and are counted once instead of twice.
     """
 
     metrics: ClassVar[TaskMetrics]
 
     _runtime: float | None = None
-    _series: TaskSeries | None = None  # once its start was counted
-    ended = False
-    """Whether its end was counted, or waits to be."""
+    _ended = False  # and counted, but for a success that `_metered` kept
 
     def __init_subclass__(cls, **options: Any) -> None:
         # For every task Celery derives a class with an `on_success` of its own, which never calls that of
@@ -80,20 +78,29 @@ class MeteredRequest(Request):
         delivery = self._delivery_info
         return self.metrics.of_delivery(self._task.name, delivery["exchange"], delivery["routing_key"])
 
-    def count_start(self) -> TaskSeries:
-        """Count that it began to run, once. The caller has the lock."""
-        if self._series is None:
-            self._series = self._of_metrics()
-            says = self._request_dict.get
-            begun = (says(PUBLISHED_HEADER), says(_FAILED_DELIVERIES), self.time_start or time())
-            self._series.begun.append(begun)
-            self._series.count()
-        return self._series
+    def begun(self, took: float | None = None) -> Run:
+        """That it began to run; if it succeeded, with the seconds it took."""
+        delivery, headers = self._delivery_info, self._request_dict
+        return (
+            (self._task.name, delivery["exchange"], delivery["routing_key"]),
+            headers.get(PUBLISHED_HEADER),
+            headers.get(_FAILED_DELIVERIES),
+            self.time_start or time(),
+            took,
+        )
+
+    def keep(self, run: Run) -> Run:
+        """Keep what is to be counted of its start, unless another thread was first; returns the first."""
+        # Of two threads one sets a key that isn't there; so a job needs no lock.
+        first: Run = self.__dict__.setdefault("_run", run)
+        if first is run:
+            self.metrics.runs.append(run)
+        return first
 
     def _end(self, outcome: str, error: BaseException | None = None) -> None:
         with lock:
-            if not self.ended:
-                self.ended = True
+            if not self._ended:
+                self._ended = True
                 self._count_end(outcome, error)
 
     def _count_end(self, outcome: str, error: BaseException | None) -> None:
@@ -101,7 +108,11 @@ class MeteredRequest(Request):
             self._of_metrics().revoked[outcome] += 1
             return
         # A process can be lost before it said that it took the task.
-        series = self.count_start()
+        *_, took = self.keep(self.begun())
+        if took is not None:
+            return  # it succeeded, and is counted as that
+        self.metrics.count()
+        series = self._of_metrics()
         match outcome:
             case "success":
                 series.success += 1
@@ -130,9 +141,8 @@ def running() -> list[Any]:
 def count_starts() -> None:
     """Count the starts of those that run now. The caller has the lock."""
     for request in running():
-        # One that ended may not have been taken away yet.
-        if isinstance(request, MeteredRequest) and not request.ended:
-            request.count_start()
+        if isinstance(request, MeteredRequest):
+            request.keep(request.begun())
 
 
 def _unwrapped(error: BaseException) -> BaseException:
@@ -153,7 +163,7 @@ def _outcome(error: BaseException) -> str:
 
 
 def _metered(celerys_own: Any, metrics: TaskMetrics) -> Any:
-    found, acquire, release = metrics.found, lock.acquire, lock.release
+    runs = metrics.runs
 
     def on_success(self: MeteredRequest, result: Any) -> Any:
         if isinstance(result, ExceptionInfo):  # what solo and threads report for SystemExit and its like
@@ -162,30 +172,15 @@ def _metered(celerys_own: Any, metrics: TaskMetrics) -> Any:
         if failed:
             self._runtime = runtime
             return celerys_own(self, result)  # comes to on_failure
-        # Nearly every job comes here, so what `_end` does in many steps is put off: whatever is touched after
-        # a job costs several times as much as in a loop, the caches are full of other things.
-        acquire()  # `with` is slower by a thousand instructions a job
-        try:
-            at_once = self._series is None and not self.ended
-            if at_once:
-                self.ended = True
-                delivery, headers = self._delivery_info, self._request_dict
-                key = (self._task.name, delivery["exchange"], delivery["routing_key"])
-                series = found.get(key) or metrics.of_delivery(*key)
-                begun = (
-                    headers.get(PUBLISHED_HEADER),
-                    headers.get(_FAILED_DELIVERIES),
-                    self.time_start or time(),
-                )
-                series.begun.append(begun)
-                series.succeeded.append(runtime)
-                if len(series.begun) >= _AT_ONCE:
-                    series.count()
-        finally:
-            release()
-        if not at_once:  # somebody looked while it ran
+        # Nearly every job comes here, so all but a note is put off: whatever is touched after a job costs
+        # several times as much as in a loop, the caches are full of other things.
+        took = self.keep(self.begun(runtime))[-1]
+        if took is None:  # somebody looked while it ran
             self._runtime = runtime
             self._end("success")
+        elif len(runs) >= _AT_ONCE:
+            with lock:
+                metrics.count()
         return celerys_own(self, result)
 
     return on_success

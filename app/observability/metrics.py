@@ -9,6 +9,7 @@ counts by itself: a message that came back because its process died was started,
 """
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from math import inf
 from threading import Lock
@@ -40,6 +41,11 @@ _KNOWN = (
 )
 
 _LABELS = ("task_name", "queue")
+
+Run = tuple[tuple[str, str | None, str], Any, Any, float, float | None]
+"""A run that began: its task, exchange and routing key; what its message says of when it was published and of
+deliveries that failed before (whatever it holds there, or None); when it began; if it succeeded, the seconds
+it took."""
 
 # Ends can be reported by several threads at the same time, and numbers asked for by another.
 lock = Lock()
@@ -89,13 +95,9 @@ _HISTOGRAMS = {
 class TaskSeries:
     """All numbers of one task on one queue, each changed and read under `lock`."""
 
-    __slots__ = (*_COUNTERS, *_HISTOGRAMS, "begun", "succeeded")
+    __slots__ = (*_COUNTERS, *_HISTOGRAMS)
 
     def __init__(self, exceptions: Iterable[str]) -> None:
-        self.begun: list[tuple[Any, Any, float]] = []
-        """Runs that began and are not counted yet, as `_waits` wants them."""
-        self.succeeded: list[float] = []
-        """The seconds that runs took which succeeded and are not counted yet."""
         self.started = 0
         self.success = 0
         self.failure = dict.fromkeys(exceptions, 0)
@@ -106,14 +108,13 @@ class TaskSeries:
         self.queue_wait = Distribution(QUEUE_WAIT_BOUNDS)
         self.duration = Distribution(BUCKETS)
 
-    def count(self) -> None:
-        """Count what is not counted yet."""
-        self.started += len(self.begun)
-        self.queue_wait.observe(_waits(self.begun))
-        self.begun.clear()
-        self.success += len(self.succeeded)
-        self.duration.observe(self.succeeded)
-        self.succeeded.clear()
+    def count(self, runs: list[Run]) -> None:
+        """Count that these began, and which of them succeeded."""
+        self.started += len(runs)
+        self.queue_wait.observe(_waits(runs))
+        seconds = [took for run in runs if (took := run[4]) is not None]
+        self.success += len(seconds)
+        self.duration.observe(seconds)
 
     @property
     def in_flight(self) -> int:
@@ -122,18 +123,13 @@ class TaskSeries:
         return self.started - ended
 
 
-def _waits(begun: Iterable[tuple[Any, Any, float]]) -> list[float]:
-    """The seconds that runs waited, as far as that is known.
-
-    Args:
-        begun: of each run what its message says of when it was published and of deliveries that failed before
-            (whatever it holds there, or None), and when it began.
-    """
+def _waits(runs: Iterable[Run]) -> list[float]:
+    """The seconds that runs waited, as far as that is known."""
     # After a delivery that failed it waited for something else: that its worker died. But one that was only
     # handed back goes on waiting.
     return [
         began - published if began > published else 0.0
-        for published, failed_before, began in begun
+        for _, published, failed_before, began, _ in runs
         if failed_before is None and type(published) is float
     ]
 
@@ -161,8 +157,8 @@ class TaskMetrics(Collector):
             for name in policy.transient
         }
         self._exceptions = (*sorted({*_KNOWN, *transient}), OTHER)
-        self.found: dict[tuple[str, str | None, str], TaskSeries] = {}
-        """What `of_delivery` answered, but for `OTHER`: a message chooses what is asked for."""
+        self.runs: list[Run] = []
+        """What began and is not counted yet; whoever has one may append it, without the lock."""
         self.count_starts: Callable[[], None] = lambda: None
         """Called under `lock` before the numbers are read."""
         self.registry.register(self)
@@ -171,9 +167,21 @@ class TaskMetrics(Collector):
         """The families, as they are at one moment."""
         with lock:
             self.count_starts()
-            for series in self._series.values():
-                series.count()
+            self.count()
             return list(self._families())
+
+    def count(self) -> None:
+        """Count what is not counted yet. The caller has the lock."""
+        runs = self.runs[:]
+        del self.runs[: len(runs)]  # a thread may append meanwhile
+        of_route = defaultdict(list)
+        for run in runs:
+            try:
+                of_route[run[0]].append(run)
+            except TypeError:  # as in `of_delivery`
+                self.of_delivery(*run[0]).count([run])
+        for route, its in of_route.items():
+            self.of_delivery(*route).count(its)
 
     def _families(self) -> Iterator[Metric]:
         for name, documentation in _COUNTERS.items():
@@ -220,11 +228,11 @@ class TaskMetrics(Collector):
 
     def of_delivery(self, task_name: str, exchange: str | None, routing_key: str) -> TaskSeries:
         """The series of a task on the queue that an exchange and a routing key lead to, else on `OTHER`."""
-        queue = self._queues.get((exchange or "", routing_key))
-        series = self.of(task_name, queue or OTHER)
-        if queue:
-            self.found[task_name, exchange, routing_key] = series
-        return series
+        try:
+            queue = self._queues.get((exchange or "", routing_key), OTHER)
+        except TypeError:  # a message can hold a list there, or whatever can't be looked up
+            queue = OTHER
+        return self.of(task_name, queue)
 
     def kind_of(self, error: BaseException) -> str:
         """The label of an exception: the nearest of its classes that has one, else `OTHER`.

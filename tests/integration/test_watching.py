@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -449,6 +450,30 @@ def test_a_frozen_loop_is_not_live_and_stops_the_watchdog(postgres: Cluster, tmp
             assert watched.worker.stop() == 0
             hear()
             assert "STOPPING=1" in told
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_message_with_a_nonsensical_route_is_counted_under_other(
+    postgres: Cluster, tmp_path: Path, pool: str
+) -> None:
+    with _watched(postgres, pool, f"nonsense_{pool}", tmp_path) as watched:
+        watched.worker.process.send_signal(signal.SIGSTOP)
+        watched.send("for _ in range(3): ok.delay()")
+        with postgres.connect(database=f"nonsense_{pool}") as session, session.cursor() as cursor:
+            cursor.execute(
+                "UPDATE kombu_message SET payload = jsonb_set(payload::jsonb,"
+                " '{properties,delivery_info,routing_key}', '[\"watched\"]')::text"
+                " WHERE id = (SELECT min(id) FROM kombu_message WHERE visible)"
+            )
+            assert cursor.rowcount == 1
+        watched.worker.process.send_signal(signal.SIGCONT)
+
+        def succeeded(queue: str) -> bool | float:
+            name = f'celery_task_success_total{{queue="{queue}",task_name="{APP}.ok"}} '
+            line = re.search(re.escape(name) + "(.*)", watched.get("/metrics")[1])
+            return line is not None and float(line[1])
+
+        _wait(lambda: (succeeded("watched"), succeeded("other")) == (2, 1), 20)
 
 
 def test_a_worker_whose_port_is_taken_says_so(postgres: Cluster, tmp_path: Path) -> None:
