@@ -46,6 +46,10 @@ SHARED = {
         " best in a vault; `grafana_admin` where there is Grafana",
     ),
     "skeldir_secrets_next": ("all", "the same, new, while `playbooks/rotate.yml` puts them in place"),
+    "skeldir_secrets_folder": (
+        "all",
+        "where Ansible keeps passwords that it makes itself; default `.secrets` in the inventory's folder",
+    ),
     "skeldir_login_suffix": ("nowhere", "what `playbooks/rotate.yml` adds to the database roles' names"),
     "skeldir_queue_overrides": (
         "all",

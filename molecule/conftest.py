@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 from testinfra.host import Host
 
-from tests.lab import INVENTORY, ROOT, SCENARIO, Ledger, container, lab_host, sql, wait_until
+from tests.lab import ROOT, SCENARIO, SECRETS, Ledger, container, lab_host, sql, wait_until
 
 EXPECTED = {"default": 101, "queues": 43, "refusals": 23, "fleet": 8}
 """Tests each scenario runs at least: a scenario that finds none of its tests must not be green."""
@@ -35,7 +35,7 @@ def database() -> Host:
 @pytest.fixture(scope="session")
 def secrets() -> list[str]:
     """Every password of the lab."""
-    found = [path.read_text().strip() for path in (INVENTORY / ".secrets").iterdir()]
+    found = [path.read_text().strip() for path in SECRETS.iterdir()]
     assert len(found) == 4
     return found
 

@@ -97,8 +97,8 @@ first_command() {
 
 no_secret_in_what_was_printed() {
   local secrets
-  # Of the authority's key its first line: the last ones are the public half, which a diff may show.
-  secrets=$(cat inventory/lab/.secrets/* && sed -n 2p inventory/lab/.authority/ca.key)
+  # Of an authority's key its first line: the last ones are the public half, which a diff may show.
+  secrets=$(cat inventory/lab/.secrets/*/* && sed --separate --quiet 2p inventory/lab/.authority/*/ca.key)
   ! grep --recursive --files-with-matches --fixed-strings "$secrets" "$EVIDENCE"
 }
 
@@ -143,7 +143,6 @@ tests_of_scenarios() {
   done
 }
 
-# Scenarios are not among them: they share the lab's secrets, which `default` replaces.
 tests_beside_the_lab() {
   tests_on_this_machine
   tests_of_scenarios compose
@@ -172,8 +171,9 @@ else
     # Lab hosts and tests mostly wait: side by side they fill two cores, for about the same time.
     beside tests_beside_the_lab
     check first "the README's first command" first_command
+    beside tests_of_scenarios queues # its drills wait for alerts
     # `fleet` rolls releases over four hosts and takes its time: ./plane test fleet
-    mapfile -t SCENARIOS < <(cd molecule && printf '%s\n' */molecule.yml | cut -d/ -f1 | grep -vx fleet)
+    mapfile -t SCENARIOS < <(cd molecule && printf '%s\n' */molecule.yml | cut -d/ -f1 | grep -vxE 'fleet|queues')
     tests_of_scenarios "${SCENARIOS[@]}"
     wait_for_those_beside
     check pasted "every command of every runbook was pasted" python -m monitoring pasted "$EVIDENCE/pasted.txt"

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 SHEET = load_topology()
 SCENARIO = os.environ.get("MOLECULE_SCENARIO_NAME", "")
 INVENTORY = ROOT / "inventory/lab"
+SECRETS = INVENTORY / ".secrets" / SCENARIO
 INVENTORIES = (
     [ROOT / "inventory/production", ROOT / "molecule/fleet/inventory"] if SCENARIO == "fleet" else [INVENTORY]
 )

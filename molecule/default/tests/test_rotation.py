@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 from testinfra.host import Host
 
-from tests.lab import INVENTORY, Ledger, invocations, playbook, python, site, sql
+from tests.lab import SECRETS, Ledger, invocations, playbook, python, site, sql
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -35,7 +35,7 @@ class Rotated:
 
 
 def secrets() -> dict[str, str]:
-    return {path.name: path.read_text().strip() for path in (INVENTORY / ".secrets").iterdir()}
+    return {path.name: path.read_text().strip() for path in SECRETS.iterdir()}
 
 
 def answer(worker: Host, dsn: str) -> str:
@@ -75,4 +75,4 @@ def test_the_old_passwords_are_refused_and_the_new_ones_taken(worker: Host, rota
 def test_nothing_is_left_of_the_second_names(database: Host, rotated: Rotated) -> None:
     assert sql(database, "SELECT count(*) FROM pg_roles WHERE rolname LIKE 'app\\_%next'") == "0"
     assert sql(database, "SELECT count(*) FROM pg_stat_activity WHERE usename LIKE '%next'") == "0"
-    assert not (INVENTORY / ".secrets/next").exists()
+    assert not (SECRETS / "next").exists()

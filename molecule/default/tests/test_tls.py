@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from testinfra.host import Host
 
-from tests.lab import INVENTORY, invocations, python, site, sql
+from tests.lab import INVENTORY, SCENARIO, invocations, python, site, sql
 
 PING = "app.tasks.housekeeping.ping"
 _PING = f"""
@@ -88,7 +88,7 @@ def test_a_renewed_certificate_is_used_without_a_restart(worker: Host, database:
 
 def test_no_secret_is_taken_for_a_host() -> None:
     """Ansible reads all it sees in an inventory's folder, and a password makes a fine host name."""
-    assert (INVENTORY / ".authority/ca.key").exists()
+    assert (INVENTORY / ".authority" / SCENARIO / "ca.key").exists()
     shown = subprocess.run(
         [Path(sys.executable).with_name("ansible-inventory"), f"--inventory={INVENTORY}", "--list"],
         capture_output=True,
