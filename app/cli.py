@@ -23,7 +23,7 @@ from app.beat.listing import listing
 from app.beat.process import run as run_beat
 from app.beat.schedule import Entry, load_schedule, misfits
 from app.celery_app import celery_app, topology
-from app.core.config import EX_CONFIG, ConfigurationError, get_settings
+from app.core.config import EX_CONFIG, ConfigurationError, get_settings, get_sheet_settings
 from app.core.topology import Queue, Topology, TopologyError, load_topology
 from app.db.session import get_engine
 from app.dlq.command import dlq_cli
@@ -50,7 +50,10 @@ if (_dev := find_spec("dev")) and _dev.origin:
     cli.add_typer(new_cli, name="new")
 
 Overrides = Annotated[
-    str | None, typer.Option(help='Numbers of an environment as JSON, such as {"llm": {"concurrency": 4}}.')
+    str | None,
+    typer.Option(
+        help='Numbers by queue as JSON, such as {"llm": {"concurrency": 4}}; default, this environment\'s.'
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -76,7 +79,7 @@ def main() -> None:
 
 def _sheet(overrides: str | None) -> Topology:
     try:
-        return load_topology(overrides=_parsed(overrides))
+        return load_topology(overrides=_parsed(overrides)) if overrides else get_sheet_settings().topology
     except TopologyError as error:
         raise ConfigurationError(str(error)) from error
 
@@ -88,9 +91,9 @@ def _schedule(sheet: Topology) -> dict[str, Entry]:
         raise ConfigurationError(str(error)) from error
 
 
-def _parsed(overrides: str | None) -> Any:
+def _parsed(overrides: str) -> Any:
     try:
-        parsed = json.loads(overrides) if overrides else {}
+        parsed = json.loads(overrides)
     except json.JSONDecodeError as error:
         raise typer.BadParameter(f"--overrides is not valid JSON: {error}") from error
     if not isinstance(parsed, dict) or not all(isinstance(value, dict) for value in parsed.values()):
@@ -116,16 +119,17 @@ def check(overrides: Overrides = None) -> None:
 
 @topology_cli.command()
 def show(overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show the queues, with an environment's overrides applied."""
+    """Show the queues, with their numbers as they are in this environment."""
     sheet = _sheet(overrides)
     if as_json:
         print(sheet.model_dump_json(indent=2))
         return
-    table = Table("queue", "port", "concurrency", "prefetch", "soft / hard limit", "tasks")
+    table = Table("queue", "port", "concurrency", "prefetch", "soft / hard limit", "wait target", "tasks")
     for queue in sheet.queues.values():
         numbers = (queue.metrics_port, queue.concurrency, queue.prefetch)
         limits = f"{queue.soft_time_limit} s / {queue.time_limit} s"
-        table.add_row(queue.name, *map(str, numbers), limits, "\n".join(queue.tasks))
+        target = f"{queue.queue_wait_target_seconds} s"
+        table.add_row(queue.name, *map(str, numbers), limits, target, "\n".join(queue.tasks))
     _print(table)
 
 

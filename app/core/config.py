@@ -3,7 +3,7 @@
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from click import ClickException
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -25,17 +25,31 @@ class ConfigurationError(ClickException):
     exit_code = EX_CONFIG
 
 
-class Settings(BaseSettings):
-    """What the environment says; the environment outranks the files of `$CREDENTIALS_DIRECTORY`."""
+class SheetSettings(BaseSettings):
+    """What the environment says of the sheet; it outranks the files of `$CREDENTIALS_DIRECTORY`."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    skeldir_queue_overrides: dict[str, dict[str, Any]] = {}
+
+    @property
+    def topology(self) -> Topology:
+        """The sheet with this environment's overrides.
+
+        Raises:
+            TopologyError: the sheet or an override can't be used.
+        """
+        return load_topology(overrides=self.skeldir_queue_overrides)
+
+
+class Settings(SheetSettings):
+    """All that the environment says."""
 
     database_url: SecretStr
     celery_broker_url: SecretStr | None = None
     celery_result_backend: SecretStr | None = None
     celery_metrics_port: int = Field(default=DEFAULT_METRICS_PORT, ge=1, le=65535)
     celery_metrics_addr: str = "127.0.0.1"
-    skeldir_queue_overrides: dict[str, dict[str, Any]] = {}
     skeldir_drained: Path | None = None
     skeldir_connection_budget: int | None = Field(default=None, ge=1)
 
@@ -78,14 +92,8 @@ class Settings(BaseSettings):
             return ""
         return reason or ("no reason was given" if self.skeldir_drained else "")
 
-    @property
-    def topology(self) -> Topology:
-        """The sheet with this environment's overrides.
 
-        Raises:
-            TopologyError: the sheet or an override can't be used.
-        """
-        return load_topology(overrides=self.skeldir_queue_overrides)
+_Settings = TypeVar("_Settings", bound=SheetSettings)
 
 
 @cache
@@ -95,10 +103,23 @@ def get_settings() -> Settings:
     Raises:
         ConfigurationError: something is missing or unusable.
     """
+    return _read(Settings)
+
+
+def get_sheet_settings() -> SheetSettings:
+    """Those of the sheet alone, which need no database.
+
+    Raises:
+        ConfigurationError: they can't be used.
+    """
+    return _read(SheetSettings)
+
+
+def _read(kind: type[_Settings]) -> _Settings:
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     credentials = directory if directory and Path(directory).is_dir() else None
     try:
-        return Settings(_secrets_dir=credentials)
+        return kind(_secrets_dir=credentials)
     except ValidationError as error:
         sentences = [
             _sentence(".".join(str(part) for part in problem["loc"]), problem)

@@ -37,6 +37,12 @@ def test_the_sheet_is_shown_as_json_with_overrides() -> None:
     assert shown["queues"]["llm"]["concurrency"] == 9
 
 
+def test_the_sheet_is_shown_as_this_host_has_it(tmp_path: Path) -> None:
+    (tmp_path / "skeldir_queue_overrides").write_text('{"llm": {"concurrency": 9}}')
+    done = skeldir("topology", "show", "--json", CREDENTIALS_DIRECTORY=str(tmp_path))
+    assert json.loads(done.stdout)["queues"]["llm"]["concurrency"] == 9
+
+
 def test_the_sheet_is_shown_as_a_table_that_cuts_nothing() -> None:
     done = skeldir("topology", "show")
     for queue in load_topology().queues.values():
@@ -49,6 +55,7 @@ def test_the_sheet_is_shown_as_a_table_that_cuts_nothing() -> None:
         (["topology", "check", "--overrides", '{"nope": {}}'], {}, 78, "nope"),
         (["topology", "check", "--overrides", "nope"], {}, 2, "JSON"),
         (["topology", "check", "--overrides", "[]"], {}, 2, "--overrides"),
+        (["topology", "show"], {"SKELDIR_QUEUE_OVERRIDES": "nope"}, 78, "SKELDIR_QUEUE_OVERRIDES"),
         (["nope"], {}, 2, "nope"),
         (["worker", "nope"], {"DATABASE_URL": DATABASE_URL}, 78, "nope"),
         (["worker", "llm"], {}, 78, "DATABASE_URL"),
