@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -32,13 +33,8 @@ def logs(tmp_path: Path) -> Path:
 @pytest.fixture
 def workers(database: Database, logs: Path) -> Iterator[dict[str, Worker]]:
     """A worker for each queue of the sheet."""
-    with (
-        ready_worker(database.dsn(), QUEUES[0], logs) as first,
-        ready_worker(database.dsn(), QUEUES[1], logs) as second,
-        ready_worker(database.dsn(), QUEUES[2], logs) as third,
-    ):
-        assert len(QUEUES) == 3, "start one more worker here"
-        yield dict(zip(QUEUES, (first, second, third), strict=True))
+    with ExitStack() as stack:
+        yield {queue: stack.enter_context(ready_worker(database.dsn(), queue, logs)) for queue in QUEUES}
 
 
 def _ping(dsn: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -32,21 +32,22 @@ LOWERED = {
     "skeldir_queue_overrides": {QUEUE.name: {"soft_time_limit": 4, "time_limit": 5}},
     "worker_stop_margin": 1,
 }
-LATER_QUEUE = """
+PORT = max(queue.metrics_port for queue in SHEET.queues.values()) + 1
+LATER_QUEUE = f"""
   reports:
     exchange: reports
     routing_key: reports
     tasks: [app.tasks.reports.summarise]
-    metrics_port: 9549
+    metrics_port: {PORT}
     concurrency: 1
     prefetch: 1
     soft_time_limit: 60
     time_limit: 90
     delivery_limit: 3
-    retry: {max_retries: 3, backoff: 1, backoff_max: 60}
+    retry: {{max_retries: 3, backoff: 1, backoff_max: 60}}
 """
 LATER_OVERRIDES = '--extra-vars={"skeldir_queue_overrides": {"reports": {"time_limit": 100}}}'
-LATER_PORT = 9559
+LATER_PORT = PORT + 10
 
 
 def current(worker: Host) -> str:

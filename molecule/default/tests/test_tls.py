@@ -86,6 +86,22 @@ def test_a_renewed_certificate_is_used_without_a_restart(worker: Host, database:
     assert (again.status, again.changed) == (0, 0), again.output
 
 
+@pytest.mark.parametrize("tag", ["postgres", "tls"])
+def test_another_controller_makes_no_second_authority(worker: Host, database: Host, tag: str) -> None:
+    kept = INVENTORY / ".authority" / SCENARIO
+    away = kept.rename(kept.with_name(f"{SCENARIO}-away"))
+    trusted, serial = worker.file("/etc/skeldir/ca.crt").content_string, database.check_output(_SERIAL)
+    try:
+        run = site(f"--tags={tag}")
+        assert not kept.exists()
+    finally:
+        away.rename(kept)
+    assert (run.status != 0, run.changed) == (True, 0), run.output[-3000:]
+    assert all("trusts an authority" in sentence for sentence in run.sentences), run.output[-3000:]
+    assert worker.file("/etc/skeldir/ca.crt").content_string == trusted
+    assert database.check_output(_SERIAL) == serial
+
+
 def test_no_secret_is_taken_for_a_host() -> None:
     """Ansible reads all it sees in an inventory's folder, and a password makes a fine host name."""
     assert (INVENTORY / ".authority" / SCENARIO / "ca.key").exists()

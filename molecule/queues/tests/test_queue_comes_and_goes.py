@@ -20,7 +20,7 @@ from tests.lab import (
     wait_until,
 )
 
-PORT = 9549
+PORT = max(queue.metrics_port for queue in SHEET.queues.values()) + 1
 TASK = "app.tasks.reports.summarise"
 ENTRY = f"""
   reports:
