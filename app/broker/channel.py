@@ -14,6 +14,7 @@ import psycopg2
 from amqp.protocol import queue_declare_ok_t  # type: ignore[import-untyped]
 from kombu.exceptions import ChannelError
 from kombu.transport import virtual
+from kombu.transport.base import to_rabbitmq_queue_arguments
 
 from app.broker.holder import Delivery, Holder
 from app.broker.place import Places
@@ -147,6 +148,11 @@ class Channel(virtual.Channel):
         return encoded
 
     # Declaring
+
+    def prepare_queue_arguments(self, arguments: Mapping[str, Any], **options: Any) -> Mapping[str, Any]:
+        """As AMQP's transports do; of them all this one reads `x-message-ttl`, for transient queues."""
+        prepared: Mapping[str, Any] = to_rabbitmq_queue_arguments(arguments or {}, **options)
+        return prepared
 
     def queue_declare(
         self,
@@ -419,6 +425,11 @@ class Channel(virtual.Channel):
                     self._give_back(self._ready.pop()[2])
 
     @property
+    def has_transient(self) -> bool:
+        """Whether a queue of it lives and dies with this process."""
+        return bool(self._transient)
+
+    @property
     def could_take(self) -> bool:
         """Whether there is a free place."""
         return bool(self._places) and not self._ready and self._free > 0
@@ -497,20 +508,21 @@ class Channel(virtual.Channel):
         by_queue = {consumer.queue_id: consumer for consumer in consumers}
         holder = self._transport.holder()
         limits = {queue_id: consumer.queue for queue_id, consumer in by_queue.items()}
-        rows = self._transport.take(holder, limits, places, want, sleep=sleep)
+        with holder.at_work():
+            rows = self._transport.take(holder, limits, places, want, sleep=sleep)
+            for row in sorted(rows, key=_order):
+                consumer = by_queue[row[1]]
+                delivery = Delivery(holder.id, row[0], row[3], row[1], self)
+                if row[5] is not None:
+                    holder.bury(delivery, row[5])
+                elif consumer.no_ack:
+                    holder.ack(delivery)
+                    self._receive(row, consumer, holder, delivery)
+                else:
+                    self._receive(row, consumer, holder, delivery)
         if 0 < len(rows) < want:
             # The queue is empty now: say that we sleep, or nobody will tell us of the next one.
             self._transport.hurry()
-        for row in sorted(rows, key=_order):
-            consumer = by_queue[row[1]]
-            delivery = Delivery(holder.id, row[0], row[3], row[1], self)
-            if row[5] is not None:
-                holder.bury(delivery, row[5])
-            elif consumer.no_ack:
-                holder.ack(delivery)
-                self._receive(row, consumer, holder, delivery)
-            else:
-                self._receive(row, consumer, holder, delivery)
         return bool(rows)
 
     def _receive(
@@ -548,7 +560,7 @@ class Channel(virtual.Channel):
                     None  # kept here until it was due; no worker is to look at its own clock again
                 )
             return TakenMessage(content, channel=self)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             logger.exception("message %s of queue %s can't be read", id_, queue)
             return None
 

@@ -15,8 +15,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, Protocol
@@ -125,6 +125,9 @@ class Holder:
         self._event = threading.Event()
         self._stopping = False
         self._doubted = False
+        self._doubted_until = 0.0
+        self._books = threading.Lock()
+        self._at_work = 0
         self._trouble_until = 0.0
         self._next_tick = 0.0
         self._retry_dead_at = 0.0
@@ -164,13 +167,26 @@ class Holder:
         """
         self.online = False
         self._doubted = True
+        self._doubted_until = time.monotonic() + _TROUBLE
         self._event.set()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While a transport takes or settles: what the database says and what is in `held` may differ."""
+        with self._books:
+            self._at_work += 1
+        try:
+            yield
+        finally:
+            with self._books:
+                self._at_work -= 1
 
     def ack(self, delivery: Delivery) -> None:
         """Note that a message is done; from any thread."""
         if self._settle(delivery):
             first = not self.acks
             self.acks.append(delivery)
+            self.held.discard(delivery)
             if first:
                 self._event.set()
 
@@ -178,12 +194,14 @@ class Holder:
         """Make a message available again; from any thread. Counted: towards its delivery limit."""
         if self._settle(delivery):
             self._backs.append((delivery, counted))
+            self.held.discard(delivery)
             self._event.set()
 
     def bury(self, delivery: Delivery, reason: str, detail: Any = None) -> None:
         """Give a message up for good; from any thread."""
         if self._settle(delivery):
             self._dead.append((delivery, reason, detail))
+            self.held.discard(delivery)
             self._event.set()
 
     def watch(self, delivery: Delivery, message: Any) -> None:
@@ -329,7 +347,7 @@ class Holder:
             self._new_identity()
         self._reassert()
         if not first and server != self._server:
-            self._return_forgotten()
+            self._return_forgotten()  # other sessions are gone, too, and take nothing meanwhile
         self._server = server
         self._joined = self._session.generation
         self._gone.clear()
@@ -386,12 +404,14 @@ class Holder:
             )
 
     def _return_forgotten(self) -> None:
-        # Disposals and returns don't wait for the disk, so a server that crashed may show as held what this
-        # process gave up or back just before. Its other sessions are gone, too, and take nothing meanwhile.
+        # What the database shows as held here, and nobody here knows of. Disposals and returns don't wait for
+        # the disk, so a server that crashed may have forgotten one. Or a connection broke after messages were
+        # taken and before they were told.
+        held = list(self.held)  # first: what is settled meanwhile stands below
         settling = [*self.acks, *(back[0] for back in self._backs), *(dead[0] for dead in self._dead)]
         forgotten = self._session.run(
             "SELECT id, delivery FROM kombu_message WHERE holder = %s AND NOT id = ANY (%s::bigint[])",
-            (self.id, [delivery.id for delivery in [*self.held, *settling]]),
+            (self.id, [delivery.id for delivery in [*held, *settling]]),
         )
         if forgotten:
             self._session.run(
@@ -404,7 +424,8 @@ class Holder:
                 ),
             )
             logger.warning(
-                "Postgres lost what became of %d message(s), which are delivered again", len(forgotten)
+                "%d message(s) were held here without anybody knowing of them; they are delivered again",
+                len(forgotten),
             )
 
     def _work(self) -> None:
@@ -419,6 +440,15 @@ class Holder:
         for transport in list(self.transports):
             transport.share()
         self._return_orphans()
+        # Again for a while: the statement whose answer was lost may still have been going on.
+        if now < self._doubted_until:
+            with self._books:
+                if not self._at_work:
+                    self._return_forgotten()
+        # Behind a pooler the row alone shows life; others take it away when it was silent for too long.
+        if self.pooled and not self._session.run("SELECT 1 FROM kombu_holder WHERE id = %s", (self.id,)):
+            self._joined = 0
+            raise ConnectionLost("this worker was given up for dead while it could not say that it lives")
         gone, next_due = self._session.run(
             "SELECT gone, next_due FROM kombu_tick(%s, %s)", (self.id, _LEASE if self.pooled else None)
         )[0]
@@ -503,12 +533,12 @@ class Holder:
         self._session.run("SELECT kombu_rescue(%s, %s)", (self.id, _LEASE if self.pooled else None))
 
     def _settle(self, delivery: Delivery) -> bool:
-        # Once, whoever comes first; and the death of the message object means nothing any more.
+        # Once, whoever comes first; and the death of the message object means nothing any more. It stays in
+        # `held` until it is in the queue of what is to be settled: whoever looks at both finds it.
         if delivery.settled:
             return False
         delivery.settled = True
         delivery.message = None
-        self.held.discard(delivery)
         return True
 
     def _wake(self) -> None:

@@ -170,6 +170,12 @@ class Transport(virtual.Transport):
             if not holder.online:
                 raise ConnectionLost("the server may have forgotten what was taken last")
         holder_id = holder.join(self.session)
+        if self._joined[1] not in (0, holder_id) and any(channel.has_transient for channel in self.channels):
+            # They ended with the identity that was given up for dead. Who declared and bound them does so
+            # again on a new connection.
+            self._abandoned = True
+            self.wake()
+            raise ConnectionLost("the queues of this worker alone ended when it was given up for dead")
         for queue_id, awake in self._subscribed.items():
             self._listen(queue_id, awake=awake)
         self._joined = (self.session.generation, holder_id)
@@ -225,8 +231,10 @@ class Transport(virtual.Transport):
                     asleep,
                 ),
             )
-        except psycopg2.Error:
+        except psycopg2.Error as error:
             holder.acks.extendleft(reversed(acks))
+            if isinstance(error, ConnectionLost):
+                holder.doubt()  # something may have been taken
             raise
         if acks:
             holder.acked(acks)
@@ -274,7 +282,7 @@ class Transport(virtual.Transport):
     def flush(self) -> None:
         """Settle what is to be settled, if there is a connection; else the keeper does it."""
         if self._holder is not None and self.session.connected:
-            with suppress(psycopg2.Error):
+            with suppress(psycopg2.Error), self._holder.at_work():
                 self._holder.flush(self.session)
 
     def share(self) -> None:

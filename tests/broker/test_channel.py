@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 import app.broker
 from app.broker import DeadMessage
+from app.broker.connection import ConnectionLost
 from tests.broker.conftest import JOBS, Database, until
 
 Connect = Callable[..., Connection]
@@ -82,6 +83,35 @@ def test_a_lost_connection_costs_no_cpu_while_the_keeper_has_none_either(
     connection.transport.holder().online = True
     send(connect(), "a")
     until(lambda: taker.drain() == ["a"])
+
+
+def test_what_was_taken_by_a_statement_whose_answer_was_lost_is_delivered_again(
+    connect: Connect, sql: cursor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(connect(), *range(5))
+    connection = connect()
+    session = connection.transport.session
+    run = session.run
+
+    def run_and_lose_the_answer(statement: str, *arguments: object) -> list[tuple[object, ...]]:
+        taken = run(statement, *arguments)
+        if "kombu_take" in statement and taken:
+            monkeypatch.undo()
+            session.close()
+            raise ConnectionLost("the cable was cut after the commit")
+        return taken
+
+    monkeypatch.setattr(session, "run", run_and_lose_the_answer)
+    taker = Taker(connection, prefetch=3)
+    taker.drain()
+    until(lambda: bool(taker.drain()))
+    for _ in range(2):
+        for message in taker.messages:
+            if not message.acknowledged:
+                message.ack()
+        taker.drain(1)
+    assert sorted(taker.bodies) == [0, 1, 2, 3, 4]
+    assert rows(sql, "holder") == []
 
 
 def test_waiting_costs_no_cpu_before_anything_is_consumed(connect: Connect) -> None:
@@ -392,12 +422,26 @@ def test_without_anyone_to_tell_it_stays_and_is_counted(connect: Connect, sql: c
     assert JOBS(taker.connection.default_channel).queue_declare(passive=True).message_count == 0
 
 
-def test_a_message_that_cannot_be_read_stops_nobody(connect: Connect, sql: cursor) -> None:
+@pytest.mark.parametrize("payload", ["{not json", '{"headers": ' + "[" * 3000 + "]" * 3000 + "}"])
+def test_a_message_that_cannot_be_read_stops_nobody(connect: Connect, sql: cursor, payload: str) -> None:
     send(connect(), "before")
-    sql.execute("INSERT INTO kombu_message (queue_id, payload) SELECT id, '{not json' FROM kombu_queue")
+    sql.execute("INSERT INTO kombu_message (queue_id, payload) SELECT id, %s FROM kombu_queue", [payload])
     send(connect(), "after")
     assert Taker(connect()).drain() == ["before", "after"]
     until(lambda: ("invalid",) in rows(sql, "dead"))
+
+
+def test_events_that_nobody_fetches_do_not_pile_up(connect: Connect, sql: cursor) -> None:
+    events = Queue("events", Exchange("celeryev", "topic"), "#", exclusive=True, message_ttl=0.2)
+    taker = Taker(connect(), queue=events, no_ack=True)
+    producer = Producer(connect().default_channel, events.exchange, "task.sent")
+    for _ in range(20):
+        producer.publish("old", delivery_mode=1)
+    time.sleep(0.3)
+    for _ in range(12):
+        producer.publish("new", delivery_mode=1)
+    assert len(rows(sql, "id")) == 12
+    assert taker.drain() == ["new"] * 12
 
 
 def test_a_requeued_message_reaches_its_limit(connect: Connect, sql: cursor) -> None:

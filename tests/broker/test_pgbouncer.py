@@ -128,6 +128,23 @@ def test_in_transaction_mode_workers_say_what_is_missing_and_poll(
 
 
 @TRANSACTION
+def test_in_transaction_mode_who_was_given_up_for_dead_becomes_somebody_new(
+    worker: Callable[..., Worker], publish: Callable[[str], None], ledger: Ledger, sql: cursor
+) -> None:
+    one = worker("-P", "solo", PREFETCH="1").ready()
+    # As another worker does after a lease in which this one couldn't say that it lives.
+    sql.execute("DELETE FROM kombu_holder")
+    until(lambda: "given up for dead" in one.text)
+    publish("tasks.job.delay('j', 3.0)")
+    until(lambda: ledger.count("began j") == 1)
+    sql.execute("SELECT holder FROM kombu_message WHERE holder IS NOT NULL")
+    holder = sql.fetchone()
+    sql.execute("SELECT id FROM kombu_holder")
+    assert sql.fetchall() == [holder]
+    until(lambda: not left(sql))
+
+
+@TRANSACTION
 def test_in_transaction_mode_a_scheduler_does_not_start(dsn: str) -> None:
     done = subprocess.run(
         [Path(sys.executable).with_name("skeldir"), "beat"],

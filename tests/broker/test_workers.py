@@ -193,6 +193,11 @@ def test_who_was_given_up_for_dead_changes_nothing_when_it_wakes(
     publish("for i in range(8): tasks.job.delay(f'again{i}', 0.3)")
     until(lambda: all(ledger.count(f"ended again{i}") == 1 for i in range(8)))
     assert "given up for dead" in frozen.text
+    # Its queue for remote control ended with its old identity.
+    publish(
+        f"inspect = tasks.celery.control.inspect(destination=['{frozen.name}'], timeout=2)\n"
+        f"assert any(inspect.ping() for _ in range(5)), 'it does not hear'\n"
+    )
 
 
 def test_a_replaced_child_leaves_the_connection_alone(
