@@ -51,7 +51,7 @@ HOT = {
     "autovacuum_analyze_threshold": 5000,
     "autovacuum_vacuum_cost_delay": 0,
 }
-# Rows stay until the results expire: dead ones come from updates and from the nightly clean-up.
+# Rows stay until the results expire: dead ones come from updates and from the clean-up.
 WARM = {"fillfactor": 85, "autovacuum_vacuum_scale_factor": 0.02, "autovacuum_analyze_scale_factor": 0.02}
 
 

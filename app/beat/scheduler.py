@@ -28,6 +28,7 @@ ENTRY_HEADER, DUE_HEADER = "schedule_entry", "schedule_due"
 
 _PAUSE = 1.0  # seconds between two looks, at most
 _STALE = 15.0  # seconds without a look after which it counts neither as active nor as ready
+_AHEAD = timedelta(minutes=1)  # by which a last run lies in the future only where a clock was wrong
 _LOCK = 7_365_126_942  # the advisory lock's key: any number that nobody else uses
 _LATENESS = (0.1, 0.5, 1, 2.5, 5, 10, 15, 30, 60, 300, 3600)  # seconds
 
@@ -44,7 +45,8 @@ _TAKE_LOCK = text("SELECT pg_try_advisory_lock(:key)")
 _READ = text("SELECT name, rhythm, last_due FROM celery_schedule")
 _BEGIN = text(
     "INSERT INTO celery_schedule AS s (name, rhythm, last_due) VALUES (:name, :rhythm, :now)"
-    " ON CONFLICT (name) DO UPDATE SET rhythm = :rhythm, last_due = :now WHERE s.rhythm <> :rhythm"
+    " ON CONFLICT (name) DO UPDATE SET rhythm = :rhythm, last_due = :now"
+    " WHERE s.rhythm <> :rhythm OR s.last_due > :latest"
 )
 # Locks the row until the commit, and compares: whoever else takes itself for active waits here, and finds it
 # changed.
@@ -157,10 +159,19 @@ class Beat(Collector):
             now: datetime = session.scalar(_NOW)
             last = {name: (rhythm, due) for name, rhythm, due in session.execute(_READ)}
             for entry in self._schedule.values():
-                if last.get(entry.name, ("",))[0] != entry.rhythm:
-                    values = {"name": entry.name, "rhythm": entry.rhythm, "now": now}
-                    session.execute(_BEGIN, values)
-                    last[entry.name] = (entry.rhythm, now)
+                rhythm, last_due = last.get(entry.name, ("", now))
+                if rhythm == entry.rhythm and last_due <= now + _AHEAD:
+                    continue
+                if rhythm == entry.rhythm:
+                    # As a resumed machine's may be until it is corrected; nothing would run until then.
+                    logger.warning(
+                        "The database's clock was ahead: the last run of %s is of %s, and it is %s now;"
+                        " what comes due from now on is run, again if it was already.",
+                        *(entry.name, last_due.isoformat(), now.isoformat()),
+                    )
+                values = {"name": entry.name, "rhythm": entry.rhythm, "now": now, "latest": now + _AHEAD}
+                session.execute(_BEGIN, values)
+                last[entry.name] = (entry.rhythm, now)
         for entry in self._schedule.values():
             last_due = last[entry.name][1]
             self._next[entry.name] = entry.next_after(last_due)

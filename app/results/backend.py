@@ -24,6 +24,11 @@ FIRST_POLL = 0.005
 _RETRIES = 20  # with Celery's backoff, full jitter and two seconds at most: about a quarter of a minute
 _MAX_SLEEP_MS = 2000
 _CLEANUP_BATCH = 5000
+_CLEANUP_SECONDS = 20.0
+"""Seconds after which a clean-up leaves the rest to the next one.
+
+Below its queue's soft time limit by far more than a batch takes: a run that is ended there is a dead letter.
+"""
 
 # RETRY too: the job has been published again by then, and late it could replace what the next run stores.
 _WAITED_FOR = states.READY_STATES | {states.RETRY}
@@ -210,20 +215,38 @@ class PostgresBackend(DatabaseBackend):
         self._store.fetch(f"DELETE FROM {self._groups} WHERE taskset_id = %s", [group_id])
 
     def _cleanup(self) -> None:
-        """Delete what is older than `result_expires`, a batch at a time, so that no transaction is long."""
+        """Delete what is older than `result_expires`, a batch at a time, so that no transaction is long.
+
+        It ends after `_CLEANUP_SECONDS`, and whatever is left then is the next run's.
+        """
         if not self.expires:
             return
         oldest = datetime.now(UTC) - self.expires
-        for table in (self._tasks, self._groups):
-            gone = _CLEANUP_BATCH
-            while gone == _CLEANUP_BATCH:
-                [(gone,)] = self._store.fetch(
-                    f"WITH gone AS (DELETE FROM {table} WHERE id = ANY(ARRAY("
-                    f"SELECT id FROM {table} WHERE date_done < %s ORDER BY date_done"
-                    f" LIMIT {_CLEANUP_BATCH} FOR UPDATE SKIP LOCKED)) RETURNING 1)"
-                    " SELECT count(*) FROM gone",
-                    [oldest],
-                )
+        ends = time.monotonic() + _CLEANUP_SECONDS
+        # Taken in turns: where results are never all gone, groups go nevertheless.
+        reached: dict[str, Any] = dict.fromkeys((self._tasks, self._groups), "-infinity")
+        while reached:
+            for table, since in list(reached.items()):
+                gone, reached[table] = self._delete_batch(table, since, oldest)
+                if gone < _CLEANUP_BATCH:
+                    del reached[table]
+            if time.monotonic() >= ends:
+                return
+
+    def _delete_batch(self, table: str, since: Any, until: datetime) -> tuple[int, Any]:
+        """Delete the oldest rows between two moments; answers how many, and the moment of the youngest.
+
+        That is where the next batch begins: an index keeps what was deleted while an old transaction is
+        open, and each batch would read through all that went before it.
+        """
+        [(gone, youngest)] = self._store.fetch(
+            f"WITH gone AS (DELETE FROM {table} WHERE id = ANY(ARRAY("
+            f"SELECT id FROM {table} WHERE date_done >= %s AND date_done < %s ORDER BY date_done"
+            f" LIMIT {_CLEANUP_BATCH} FOR UPDATE SKIP LOCKED)) RETURNING date_done)"
+            " SELECT count(*), max(date_done) FROM gone",
+            [since, until],
+        )
+        return gone, youngest
 
     # reading
 

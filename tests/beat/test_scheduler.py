@@ -87,6 +87,22 @@ def test_after_a_long_gap_one_run_stands_for_all(plan: Plan, scheduler: Start) -
     assert one.metric('skeldir_beat_gaps_total{entry="first"}') == 0
 
 
+def test_a_clock_that_was_ahead_and_is_corrected_stops_nothing(plan: Plan, scheduler: Start) -> None:
+    began = now()
+    # What the clock of a resumed machine leaves behind. A few seconds are no reason: those pass.
+    plan.begin(plan.entries["first"], began + timedelta(days=1))
+    plan.begin(plan.entries["second"], began + timedelta(seconds=8))
+    one = scheduler()
+    until(lambda: all(plan.runs().values()))
+    one.stop()
+    runs = plan.runs()
+    assert began - timedelta(seconds=1) < min(runs["first"]) <= max(runs["first"]) < now()
+    assert min(runs["second"]) > began + timedelta(seconds=8)
+    (told,) = (line for line in one.log.read_text().splitlines() if "clock" in line)
+    assert "WARNING" in told
+    assert "first" in told
+
+
 def test_a_new_entry_and_a_changed_one_begin_with_what_comes(plan: Plan, scheduler: Start) -> None:
     session = plan.database.connect("app_owner")
     session.cursor().execute("DELETE FROM celery_schedule WHERE name = 'first'")

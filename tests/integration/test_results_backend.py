@@ -19,7 +19,8 @@ from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, GroupResult
 
 from app import results
-from app.results.backend import PostgresBackend
+from app.core.topology import load_topology
+from app.results.backend import _CLEANUP_SECONDS, PostgresBackend
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,34 @@ class TestForgetting:
         )
         make_app(result_expires=3600).backend.cleanup()
         assert query("SELECT count(*) FROM celery_taskmeta WHERE date_done < '2002-01-01'") == [(0,)]
+
+    def test_cleanup_ends_in_time_and_the_next_one_goes_on(self, make_app, query, monkeypatch):
+        monkeypatch.setattr("app.results.backend._CLEANUP_BATCH", 10)
+        for table, column, sequence in (
+            ("celery_taskmeta", "task_id", "task_id_sequence"),
+            ("celery_tasksetmeta", "taskset_id", "taskset_id_sequence"),
+        ):
+            query(
+                f"INSERT INTO {table} (id, {column}, date_done)"
+                f" SELECT nextval('{sequence}'), gen_random_uuid(),"
+                " timestamp '2001-01-01' + n * interval '1 s' FROM generate_series(1, 35) n"
+            )
+        left = (
+            "SELECT (SELECT count(*) FROM celery_taskmeta WHERE date_done < '2002-01-01'),"
+            " (SELECT count(*) FROM celery_tasksetmeta WHERE date_done < '2002-01-01')"
+        )
+        backend = make_app(result_expires=3600).backend
+        monkeypatch.setattr("app.results.backend._CLEANUP_SECONDS", 0)
+        for kept in (25, 15):  # a batch of each, so that neither keeps the other from going
+            backend.cleanup()
+            assert query(left) == [(kept, kept)]
+        monkeypatch.undo()
+        backend.cleanup()
+        assert query(left) == [(0, 0)]
+
+    def test_cleanup_ends_before_its_time_limit(self):
+        queue = load_topology().queue_by_task["celery.backend_cleanup"]
+        assert queue.soft_time_limit - 10 >= _CLEANUP_SECONDS
 
     @pytest.mark.parametrize("never", [None, 0])
     def test_results_that_never_expire(self, make_app, query, never):
