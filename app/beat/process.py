@@ -1,7 +1,6 @@
 """The scheduler's process: its connection, its HTTP server, and what systemd is told."""
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,11 +13,11 @@ from app.beat.scheduler import SESSION, Beat, Publish, publish
 from app.broker.connection import Session, connect_args
 from app.broker.holder import takes_locks_away
 from app.core import dsn
-from app.core.config import EX_CONFIG, ConfigurationError, Settings, get_settings
+from app.core.config import ConfigurationError, Settings, get_settings
 from app.core.topology import Topology
 from app.observability.health import DatabaseProbe
 from app.observability.logging import configure_logging
-from app.observability.server import Server
+from app.observability.server import listen
 from app.observability.systemd import notify, watchdog_seconds
 
 
@@ -51,7 +50,7 @@ def _connector(settings: Settings) -> Callable[[], Any]:
 
 
 def run(sheet: Topology, schedule: Mapping[str, Entry], publish: Publish = publish) -> None:
-    """Schedule until SIGTERM; what keeps it from starting ends it at once with EX_CONFIG."""
+    """Schedule until SIGTERM; what keeps it from starting ends it at once."""
     configure_logging("INFO")
     settings = get_settings()
     if sheet.beat is None:
@@ -61,7 +60,13 @@ def run(sheet: Topology, schedule: Mapping[str, Entry], publish: Publish = publi
     connect = _connector(settings)
     probe = DatabaseProbe(dsn.sqlalchemy_url(settings.broker_url))
     beat = Beat(schedule, connect, probe, publish)
-    server = _listen(settings, sheet.beat.port, beat)
+    server = listen(
+        settings.celery_metrics_addr,
+        sheet.beat.port,
+        beat,
+        beat.registry,
+        remedy="Set CELERY_METRICS_ADDR to an address of this host; the port stands in app/topology.yml.",
+    )
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     server.start()
@@ -77,15 +82,3 @@ def _keep_systemd_informed(beat: Beat) -> None:
         words = ["WATCHDOG=1"] if asked and beat.live else []
         notify(f"STATUS={beat.report()['role']}", *words)
         time.sleep(min(asked / 2, 5) if asked else 5)
-
-
-def _listen(settings: Settings, port: int, beat: Beat) -> Server:
-    try:
-        return Server(settings.celery_metrics_addr, port, beat, beat.registry)
-    except OSError as error:
-        print(
-            f"Can't listen on {settings.celery_metrics_addr}:{port}: {error.strerror}. "
-            "Set CELERY_METRICS_ADDR to an address of this host; the port stands in app/topology.yml.",
-            file=sys.stderr,
-        )
-        sys.exit(EX_CONFIG)

@@ -16,13 +16,13 @@ from prometheus_client.registry import Collector
 from psycopg2.extensions import connection
 from sqlalchemy.engine import URL
 
-from app.core.config import EX_CONFIG, Settings, get_settings
+from app.core.config import get_settings
 from app.core.dsn import sqlalchemy_url
 from app.core.topology import Topology
 from app.exporter.collectors import Collected, collectors, gauge
 from app.observability.health import DatabaseProbe
 from app.observability.logging import configure_logging
-from app.observability.server import Server
+from app.observability.server import listen
 from app.observability.systemd import notify
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _reason(error: Exception) -> str:
 
 
 def run(sheet: Topology) -> None:
-    """Serve until the process ends; an address that is taken ends it at once with EX_CONFIG."""
+    """Serve until the process ends; an address that it can't listen on ends it at once."""
     configure_logging("INFO")
     settings = get_settings()
     if sheet.exporter is None:
@@ -190,19 +190,13 @@ def run(sheet: Topology) -> None:
     exporter = Exporter(url, collectors(sheet, settings.skeldir_connection_budget))
     registry = CollectorRegistry()
     registry.register(exporter)
-    server = _listen(settings, sheet.exporter.port, exporter, registry)
+    server = listen(
+        settings.celery_metrics_addr,
+        sheet.exporter.port,
+        exporter,
+        registry,
+        remedy="Set CELERY_METRICS_ADDR to an address of this host; the port stands in app/topology.yml.",
+    )
     exporter.start()
     notify("READY=1")
     server.serve_forever()
-
-
-def _listen(settings: Settings, port: int, exporter: Exporter, registry: CollectorRegistry) -> Server:
-    try:
-        return Server(settings.celery_metrics_addr, port, exporter, registry)
-    except OSError as error:
-        print(
-            f"Can't listen on {settings.celery_metrics_addr}:{port}: {error.strerror}. "
-            "Set CELERY_METRICS_ADDR to an address of this host; the port stands in app/topology.yml.",
-            file=sys.stderr,
-        )
-        sys.exit(EX_CONFIG)

@@ -1,6 +1,7 @@
 """The HTTP server of all that serves `/health`, `/health/live`, `/health/ready` and `/metrics`."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry
 
+from app.core.config import EX_CONFIG
 from app.observability.exposition import CONTENT_TYPE, exposition
 
 logger = logging.getLogger(__name__)
@@ -142,3 +144,25 @@ class Server(ThreadingMixIn, TCPServer):
         """A client that went away is no news; anything else is a mistake in this module."""
         if not isinstance(error := sys.exception(), OSError):
             logger.error("A request could not be answered: %s", type(error).__name__)
+
+
+def listen(address: str, port: int, health: Answers, registry: CollectorRegistry, *, remedy: str) -> Server:
+    """The server of a process that is nothing without it: where it can't listen, the process ends.
+
+    With EX_CONFIG, but for an address that this host hasn't: it may only be late at boot, so units try again.
+
+    Args:
+        address: as `CELERY_METRICS_ADDR` has it.
+        port: of that address.
+        health: what it answers.
+        registry: what it shows.
+        remedy: what a person should do, a sentence.
+    """
+    try:
+        return Server(address, port, health, registry)
+    except OSError as error:
+        print(
+            f"Can't listen on {address}:{port} for /health and /metrics: {error.strerror}. {remedy}",
+            file=sys.stderr,
+        )
+        sys.exit(1 if error.errno == errno.EADDRNOTAVAIL else EX_CONFIG)

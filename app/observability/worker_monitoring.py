@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from celery import Celery, signals
 from celery.worker import state
 
-from app.core.config import EX_CONFIG, Settings, get_settings
+from app.core.config import get_settings
 from app.core.dsn import sqlalchemy_url
 from app.core.topology import Topology
 from app.observability.consumer import WatchedConsumer
@@ -19,7 +19,7 @@ from app.observability.context import PUBLISHED_HEADER
 from app.observability.health import DatabaseProbe, Health, Pulse
 from app.observability.metering import MeteredRequest, count_starts
 from app.observability.metrics import TaskMetrics
-from app.observability.server import Server
+from app.observability.server import Server, listen
 from app.observability.systemd import notify, watchdog_seconds
 from app.observability.vitals import Vitals
 
@@ -43,7 +43,7 @@ def install(
 ) -> None:
     """Let every worker of `app` be metered and watched, and messages say when they were published.
 
-    A worker whose address for `/health` and `/metrics` is taken ends at once with EX_CONFIG.
+    A worker that can't listen on its address for `/health` and `/metrics` ends at once.
 
     Args:
         app: the Celery application.
@@ -107,25 +107,19 @@ def _prepare(
     probe = DatabaseProbe(sqlalchemy_url(settings.database_url.get_secret_value()))
     health = Health(Pulse(loop_bound), probe)
     metrics.registry.register(Vitals(health, metrics.queues, rescued))
-    return health, metrics, _listen(settings, health, metrics)
+    server = listen(
+        settings.celery_metrics_addr,
+        settings.celery_metrics_port,
+        health,
+        metrics.registry,
+        remedy="Set CELERY_METRICS_ADDR and CELERY_METRICS_PORT to an address of this host and a free port.",
+    )
+    return health, metrics, server
 
 
 def _queues(options: dict[str, Any], sheet: Topology) -> list[str]:
     chosen = options.get("queues") or list(sheet.queues)
     return chosen.split(",") if isinstance(chosen, str) else list(chosen)
-
-
-def _listen(settings: Settings, health: Health, metrics: TaskMetrics) -> Server:
-    address, port = settings.celery_metrics_addr, settings.celery_metrics_port
-    try:
-        return Server(address, port, health, metrics.registry)
-    except OSError as error:
-        print(
-            f"Can't listen on {address}:{port} for /health and /metrics: {error.strerror}. "
-            "Set CELERY_METRICS_ADDR and CELERY_METRICS_PORT to an address of this host and a free port.",
-            file=sys.stderr,
-        )
-        sys.exit(EX_CONFIG)
 
 
 def _keep_systemd_informed(health: Health) -> None:

@@ -224,15 +224,17 @@ def test_every_tenant_gets_its_job(database: Database, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "named"),
+    ("variables", "named", "status"),
     [
-        ({"DATABASE_URL": "mysql://localhost/x"}, "DATABASE_URL"),
-        ({"CELERY_BROKER_URL": "amqp://localhost//"}, "CELERY_BROKER_URL"),
-        ({"CELERY_METRICS_ADDR": "192.0.2.1"}, "CELERY_METRICS_ADDR"),
+        ({"DATABASE_URL": "mysql://localhost/x"}, "DATABASE_URL", 78),
+        ({"CELERY_BROKER_URL": "amqp://localhost//"}, "CELERY_BROKER_URL", 78),
+        ({"CELERY_METRICS_ADDR": "192.0.2.1"}, "CELERY_METRICS_ADDR", 1),  # it may be late: tried again
     ],
     ids=["database", "broker", "address"],
 )
-def test_what_keeps_it_from_starting_is_one_sentence(variables: dict[str, str], named: str) -> None:
+def test_what_keeps_it_from_starting_is_one_sentence(
+    variables: dict[str, str], named: str, status: int
+) -> None:
     done = subprocess.run(
         [SKELDIR, "beat"],
         env=environment("postgresql://app_user@127.0.0.1:1/nowhere") | variables,
@@ -241,6 +243,6 @@ def test_what_keeps_it_from_starting_is_one_sentence(variables: dict[str, str], 
         timeout=60,
         check=False,
     )
-    assert done.returncode == 78
+    assert done.returncode == status
     assert named in done.stderr
     assert "Traceback" not in done.stderr

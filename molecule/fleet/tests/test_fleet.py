@@ -267,8 +267,12 @@ def test_a_drained_host_takes_nothing_and_says_so(
         some = playbook("playbooks/drain.yml", "--limit=worker2.example.net", two)
         assert some.status == 0, some.output[-3000:]
         assert {queue for queue in SHEET.queues if ready(worker2, queue)[0] != 200} == {"llm", "maintenance"}
+        idle = next(queue for queue in SHEET.queues if queue not in {"llm", "maintenance"})
+        worker2.check_output(f"systemctl stop {unit(idle)}")
+        assert playbook("playbooks/undrain.yml", "--limit=worker2.example.net", two).status == 0
+        assert {queue for queue in SHEET.queues if ready(worker2, queue)[0] != 200} == {idle}  # not asked for
         assert playbook("playbooks/undrain.yml", "--limit=worker2.example.net").status == 0
-        assert ready(worker2, "llm")[0] == 200
+        assert ready(worker2, idle)[0] == 200
     nothing_lost(ledger)
     assert killed(worker2, since) == ""
     say(f"drained in {run.seconds:.0f} s, back in {back.seconds:.0f} s, {ledger}")
