@@ -145,7 +145,7 @@ tests_of_scenarios() {
 
 tests_beside_the_lab() {
   tests_on_this_machine
-  tests_of_scenarios compose
+  tests_of_scenarios queues # its drills mostly wait, which the first lab's tests don't
 }
 
 if [ -n "$FAST" ]; then
@@ -171,10 +171,9 @@ else
     # Lab hosts and tests mostly wait: side by side they fill two cores, for about the same time.
     beside tests_beside_the_lab
     check first "the README's first command" first_command
-    beside tests_of_scenarios queues # its drills wait for alerts
     # `fleet` rolls releases over four hosts and takes its time: ./plane test fleet
     mapfile -t SCENARIOS < <(cd molecule && printf '%s\n' */molecule.yml | cut -d/ -f1 | grep -vxE 'fleet|queues')
-    tests_of_scenarios "${SCENARIOS[@]}"
+    tests_of_scenarios "${SCENARIOS[@]}" compose
     wait_for_those_beside
     check pasted "every command of every runbook was pasted" python -m monitoring pasted "$EVIDENCE/pasted.txt"
   fi
