@@ -280,7 +280,13 @@ class Chaos:
         the moment it was sent: who had no answer from a server that crashed has sent it again.
         """
         stays: dict[str, list[Stay]] = {name[1:]: [] for name in names}
+        hits = list(self.hits)
         for event, name, *_, worker, moment in ledger:
+            if (event, name) == (
+                "began",
+                "poison",
+            ):  # which ends its process, and that of `solo` is the worker's
+                hits.append(Hit(float(moment), float(moment), {worker}))
             if (known := stays.get(name[1:])) is None:
                 continue
             now = float(moment)
@@ -292,7 +298,7 @@ class Chaos:
         return {
             name: stays[name[1:]]
             for name in names
-            if not any(hit.explains(stay) for stay in stays[name[1:]] for hit in self.hits)
+            if not any(hit.explains(stay) for stay in stays[name[1:]] for hit in hits)
         }
 
     def _given_up(self) -> set[str]:
