@@ -282,10 +282,8 @@ class Chaos:
         stays: dict[str, list[Stay]] = {name[1:]: [] for name in names}
         hits = list(self.hits)
         for event, name, *_, worker, moment in ledger:
-            if (event, name) == (
-                "began",
-                "poison",
-            ):  # which ends its process, and that of `solo` is the worker's
+            # It ends its process, and that of `solo` is the worker's.
+            if event == "began" and name == "poison":
                 hits.append(Hit(float(moment), float(moment), {worker}))
             if (known := stays.get(name[1:])) is None:
                 continue
